@@ -1,0 +1,45 @@
+"""Turn story text into token arrays: `python pre_tokenize.py`, or with your own text, or `--sample`.
+
+What it does is in `llm/tokenization.py`.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from llm.tokenization import make_sample, pre_tokenize
+
+
+@dataclass(frozen=True)
+class PreTokenizeConfig:
+    """Learn a byte-level BPE vocabulary on the train split and write both splits as token arrays."""
+
+    train: Path = Path("data/tinystories/TinyStoriesV2-GPT4-train.txt")
+    """Text to train on; the vocabulary is learned on it alone. Stories are separated by <|endoftext|>."""
+    eval: Path = Path("data/tinystories/TinyStoriesV2-GPT4-valid.txt")
+    """Text to evaluate on."""
+    out: Path | None = None
+    """Directory of the arrays, a training script's --data. Default: data/tinystories, with --sample data/sample."""
+    vocab_size: int = 10_000
+    """Size of the vocabulary; a small text may give fewer."""
+    sample: bool = False
+    """Take the built-in stories instead of --train and --eval."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = tyro.cli(PreTokenizeConfig, args=argv)
+    try:
+        if config.sample:
+            make_sample(config.out or Path("data/sample"), config.vocab_size)
+        else:
+            pre_tokenize(config.train, config.eval, config.out or Path("data/tinystories"), config.vocab_size)
+    except (OSError, ValueError) as error:
+        sys.exit(f"pre_tokenize: {error}")
+    except KeyboardInterrupt:
+        sys.exit("pre_tokenize: stopped; nothing half-written was kept. Run it again to start over.")
+
+
+if __name__ == "__main__":
+    main()
