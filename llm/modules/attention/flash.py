@@ -1,0 +1,168 @@
+"""FlashAttention: exact attention in tiles, so that the T x S scores never exist all at once.
+
+Forward, for one tile of queries q_i, over the tiles k_j, v_j of keys and values, one after the other:
+
+    s = scale q_i k_j^T                     scores of this tile only
+    m' = max(m, max_j s)                    the largest score so far, by row
+    p = exp(s - m')                         softmax, but for the sum, which is not known yet
+    l = exp(m - m') l + sum_j p             what was summed below the old maximum is rescaled to the new one
+    o = exp(m - m') o + p v_j               and the output likewise: the online softmax
+
+    out_i = o / l        L_i = m + log l    kept for the backward pass: one number a row, not one a score
+
+Backward, tile by tile again, the scores computed a second time:
+
+    P = exp(s - L_i)                        the finished softmax at once
+    dv_j += P^T dout_i                      since out = P v
+    dP = dout_i v_j^T
+    dS = P (dP - D)                         gradient of a softmax; D = sum_j P dP = sum over channels of dout_i out_i
+    dq_i += scale dS k_j                    dk_j += scale dS^T q_i
+
+Memory grows with T + S. `fused_attention` in core.py, which other models use, is this algorithm in one kernel, where a
+tile lives in the fast memory next to the arithmetic and is never written out; these loops are for reading.
+
+FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691, section 3.1. Blog: Attention, FlashAttention.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llm.modules.attention.core import share_heads
+from llm.modules.attention.multi_head import MultiHeadAttention
+from llm.modules.masks import Visible, causal, visibility
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    visible: Visible = causal,
+    scale: float | None = None,
+    q_tile: int = 64,
+    k_tile: int = 64,
+) -> Tensor:
+    """Queries (B, H, T, D) attend to the keys (B, H_kv, S, D) that `visible` shows them: -> (B, H, T, D_v), v's dtype.
+
+    q_pos (T,) or (B, T) and k_pos (S,) or (B, S) as in core.attention. T and S need not be multiples of the tiles. A
+    query that sees no key gets zeros. Statistics are fp32 (float64 for float64 input).
+    """
+    if q_tile < 1 or k_tile < 1:
+        raise ValueError(f"tiles of {q_tile} queries x {k_tile} keys: both must be at least 1 (--model.tile-size)")
+    is_causal = visible is causal and q_pos is k_pos and q_pos.dim() == 1
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    tiling = Tiling(q_pos, k_pos, visible, scale, q_tile, k_tile, is_causal)
+    k, v = share_heads(q, k), share_heads(q, v)
+    return TiledAttention.apply(q.to(v.dtype), k.to(v.dtype), v, tiling)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the T x S scores are cut, and how the scores of one tile come about."""
+
+    q_pos: Tensor
+    k_pos: Tensor
+    visible: Visible
+    scale: float
+    q_tile: int
+    k_tile: int
+    is_causal: bool
+
+    def rows(self) -> Iterator[slice]:
+        """Tiles of queries, from the first to the last."""
+        return tiles(self.q_pos.shape[-1], self.q_tile)
+
+    def columns(self, rows: slice) -> Iterator[slice]:
+        """Tiles of keys for the queries `rows`; where query i sees keys 0..i, none above the diagonal."""
+        return tiles(rows.stop if self.is_causal else self.k_pos.shape[-1], self.k_tile)
+
+    def scores(self, q_i: Tensor, k_j: Tensor, rows: slice, columns: slice) -> Tensor:
+        """(B, H, q_tile, k_tile) in the dtype of the statistics, -inf where the query does not see the key."""
+        s = (q_i @ k_j.mT).to(statistics_dtype(q_i)) * self.scale
+        return s.masked_fill(~visibility(self.visible, self.q_pos[..., rows], self.k_pos[..., columns]), -torch.inf)
+
+
+def tiles(length: int, size: int) -> Iterator[slice]:
+    """Cut 0..length into slices of `size`, the last one shorter where it must be."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class TiledAttention(torch.autograd.Function):
+    """Equal head counts: q (B, H, T, D), k (B, H, S, D), v (B, H, S, D_v) -> (B, H, T, D_v)."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> Tensor:
+        out, log_sum_exp = forward_tiles(q, k, v, tiling)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        ctx.tiling = tiling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward_tiles(*ctx.saved_tensors, d_out, ctx.tiling), None
+
+
+def forward_tiles(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """-> the output (B, H, T, D_v) and each row's log of the sum of exp(scores), (B, H, T, 1)."""
+    out = v.new_empty(*q.shape[:-1], v.shape[-1])
+    log_sum_exp = q.new_empty(*q.shape[:-1], 1, dtype=statistics_dtype(q))
+    for rows in tiling.rows():
+        q_i = q[:, :, rows]
+        # the least finite number, not -inf: exp(-inf - m) is then 0 in a row that has seen no key yet, not NaN
+        m = torch.full_like(log_sum_exp[:, :, rows], torch.finfo(log_sum_exp.dtype).min)
+        row_sum = torch.zeros_like(m)
+        o = out.new_zeros(out[:, :, rows].shape, dtype=m.dtype)
+        for columns in tiling.columns(rows):
+            s = tiling.scores(q_i, k[:, :, columns], rows, columns)
+            m_new = torch.maximum(m, s.amax(-1, keepdim=True))
+            p, rescale = torch.exp(s - m_new), torch.exp(m - m_new)
+            row_sum = rescale * row_sum + p.sum(-1, keepdim=True)
+            o = rescale * o + p.to(v.dtype) @ v[:, :, columns]
+            m = m_new
+        row_sum = row_sum.clamp(min=1)  # a row's largest score alone adds exp(0): only one without keys has less
+        out[:, :, rows] = o / row_sum
+        log_sum_exp[:, :, rows] = m + row_sum.log()
+    return out, log_sum_exp
+
+
+def backward_tiles(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, d_out: Tensor, tiling: Tiling
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of q, k and v, in their shapes and dtypes, summed in the dtype of the statistics."""
+    dtype = log_sum_exp.dtype
+    dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+    d = (d_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)  # (B, H, T, 1): D above
+    for rows in tiling.rows():
+        q_i, d_out_i = q[:, :, rows], d_out[:, :, rows]
+        for columns in tiling.columns(rows):
+            k_j, v_j = k[:, :, columns], v[:, :, columns]
+            p = torch.exp(tiling.scores(q_i, k_j, rows, columns) - log_sum_exp[:, :, rows])
+            ds = (p * (d_out_i @ v_j.mT - d[:, :, rows]) * tiling.scale).to(q.dtype)
+            dv[:, :, columns] += p.to(q.dtype).mT @ d_out_i
+            dq[:, :, rows] += ds @ k_j
+            dk[:, :, columns] += ds.mT @ q_i
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+class FlashAttention(MultiHeadAttention):
+    """Multi-head attention whose scores are computed in tiles of `tile_size` queries x `tile_size` keys."""
+
+    def __init__(self, *, tile_size: int = 64, **options):
+        """`options` are those of MultiHeadAttention, but for score_bias: raises ValueError where there is one."""
+        super().__init__(**options)
+        if self.score_bias is not None:
+            raise ValueError("FlashAttention takes no score_bias: these tiles have no gradient for it")
+        self.tile_size = tile_size
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return flash_attention(q, k, v, q_pos, k_pos, self.visible, self.scale, self.tile_size, self.tile_size)

@@ -1,0 +1,126 @@
+"""Multi-head latent attention (MLA): keys and values of all heads are rebuilt from one short vector a token.
+
+    c = norm(x W_kv_a)                   the latent: all that is cached, but for one small rotated key
+    k_h = [c W_uk^h | r]                 r = RoPE(x W_kr): the only part of the key that knows its position, shared by
+    v_h = c W_uv^h                       all heads and taken past the latent, hence "decoupled"
+    q_h = [q_nope^h | RoPE(q_rope^h)]    head_h = Attention(q_h, k_h, v_h)
+
+A rotation between W_uk and the query would forbid what makes the latent cheap to use: since
+q_nope . (c W_uk) = (q_nope W_uk^T) . c, W_uk is absorbed into the query and W_uv is applied after the weighted mean, so
+decoding attends to the latents themselves, all heads to the same ones.
+
+DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3 Technical Report, arXiv 2412.19437. Blog: Attention, MLA.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm.modules.attention.core import attention
+from llm.modules.cache import remember, slots
+from llm.modules.masks import Visible, causal
+from llm.modules.norms import RMSNorm
+
+
+class LatentAttention(nn.Module):
+    """(B, T, d_model) -> (B, T, d_model). Queries and keys are [qk_nope_head_dim | qk_rope_head_dim] wide.
+
+    kv_lora_rank   width of the cached latent
+    rope           rotates the qk_rope_head_dim slices, given as (B, T, H, D); DeepSeek pairs them interleaved. None
+                   leaves the slices as they are
+    q_lora_rank    queries pass through a latent of this width, too; None: one full projection
+    norm_eps       of the norms on the latents: 1e-6 in every DeepSeek model, whatever its other norms use
+    scale          factor of the scores, 1 / sqrt(qk_nope_head_dim + qk_rope_head_dim) where it is not given;
+                   DeepSeek-V3 with YaRN multiplies that by the square of its mscale
+    visible        which keys a query may see (llm/modules/masks.py)
+
+    Without a cache keys and values are expanded; with one, only the latent and the rotated key are kept, and read in
+    the absorbed form.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        rope: nn.Module | None,
+        q_lora_rank: int | None = None,
+        norm_eps: float = 1e-6,
+        scale: float | None = None,
+        visible: Visible = causal,
+    ):
+        super().__init__()
+        self.n_heads, self.rope, self.visible = n_heads, rope, visible
+        self.kv_split = [kv_lora_rank, qk_rope_head_dim]
+        self.q_split = [qk_nope_head_dim, qk_rope_head_dim]
+        self.expanded_split = [qk_nope_head_dim, v_head_dim]
+        self.scale = sum(self.q_split) ** -0.5 if scale is None else scale
+        self.q_lora_rank = q_lora_rank
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(d_model, n_heads * sum(self.q_split), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(d_model, q_lora_rank, bias=False)
+            self.q_a_norm = RMSNorm(q_lora_rank, norm_eps)
+            self.q_b_proj = nn.Linear(q_lora_rank, n_heads * sum(self.q_split), bias=False)
+        self.kv_a_proj = nn.Linear(d_model, sum(self.kv_split), bias=False)
+        self.kv_a_norm = RMSNorm(kv_lora_rank, norm_eps)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, n_heads * sum(self.expanded_split), bias=False)
+        self.o_proj = nn.Linear(n_heads * v_head_dim, d_model, bias=False)
+
+    def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
+        q_nope, q_rope = self.queries(x, positions)
+        latent, k_rope = self.compress(x, positions)
+        latent, k_rope, k_pos = remember(cache, positions, latent=latent, k_rope=k_rope)
+        attend = self.attend_expanded if cache is None else self.attend_absorbed
+        heads = attend(q_nope, q_rope, latent, k_rope, positions, k_pos)  # (B, T, H, v_head_dim)
+        return self.o_proj(heads.flatten(2))
+
+    def queries(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, d_model) -> the part without a position (B, T, H, nope) and the rotated part (B, T, H, rope)."""
+        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q_nope, q_rope = q.unflatten(-1, (self.n_heads, -1)).split(self.q_split, -1)
+        return q_nope, q_rope if self.rope is None else self.rope(q_rope, positions)
+
+    def compress(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, d_model) -> what is cached: the normed latent (B, T, kv_lora_rank), the rotated key (B, T, rope)."""
+        latent, k_rope = self.kv_a_proj(x).split(self.kv_split, -1)
+        if self.rope is not None:
+            k_rope = self.rope(k_rope[:, :, None], positions)[:, :, 0]
+        return self.kv_a_norm(latent), k_rope
+
+    def attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, q_pos: Tensor, k_pos: Tensor
+    ) -> Tensor:
+        """Multi-head attention on keys and values rebuilt from the latents: -> (B, T, H, v_head_dim)."""
+        k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.n_heads, -1)).split(self.expanded_split, -1)
+        k_rope = k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)
+        q = torch.cat([q_nope, q_rope], -1).transpose(1, 2)  # (B, H, T, nope + rope)
+        k = torch.cat([k_nope, k_rope], -1).transpose(1, 2)  # (B, H, S, nope + rope)
+        # fused kernels want values as wide as keys; padded zeros come out as zeros
+        padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1]))).transpose(1, 2)
+        heads = attention(q, k, padded, q_pos, k_pos, self.visible, scale=self.scale)
+        return heads.transpose(1, 2)[..., : v.shape[-1]]
+
+    def attend_absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, q_pos: Tensor, k_pos: Tensor
+    ) -> Tensor:
+        """The same as multi-query attention to the latents, none of which is expanded: -> (B, T, H, v_head_dim)."""
+        up_proj = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1))
+        w_uk, w_uv = up_proj.split(self.expanded_split, 1)  # (H, nope, rank), (H, v_head_dim, rank)
+        q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w_uk)
+        # one key for all heads: the heads of a token are just more queries at its position
+        q = torch.cat([q_latent, q_rope], -1).flatten(1, 2)[:, None]  # (B, 1, T H, rank + rope)
+        q_pos = q_pos.repeat_interleave(self.n_heads, -1)
+        k = torch.cat([latent, k_rope], -1)[:, None]  # (B, 1, S, rank + rope)
+        mixed = attention(q, k, k, q_pos, k_pos, self.visible, scale=self.scale)[:, 0, :, : latent.shape[-1]]
+        return torch.einsum("bthr,hdr->bthd", mixed.unflatten(1, (-1, self.n_heads)), w_uv)
+
+    def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
+        """Room for `length` tokens, or for the window where that is shorter: kv_lora_rank + qk_rope_head_dim each."""
+        n_slots = min(length, getattr(self.visible, "reach", length))
+        rank, rope_dim = self.kv_split
+        return slots(batch_size, n_slots, self.kv_b_proj.weight, latent=(rank,), k_rope=(rope_dim,))

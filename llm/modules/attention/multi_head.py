@@ -1,0 +1,88 @@
+"""Multi-head attention: H small attentions side by side, each on its own projection of the input.
+
+    head_h = Attention(x W_q^h, x W_k^g, x W_v^g)        output = [head_1 .. head_H] W_o
+
+with g = h for multi-head attention (Attention Is All You Need, arXiv 1706.03762), one g for all h in multi-query
+attention (Fast Transformer Decoding, arXiv 1911.02150), and one g for each group of heads in grouped-query attention
+(GQA, arXiv 2305.13245). Blog: Attention, MHA and its cost, GQA and MQA.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from llm.modules.attention.core import attention
+from llm.modules.cache import remember, slots
+from llm.modules.masks import Visible, causal
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention in three steps, each of which a subclass may replace: project, attend, output.
+
+    n_kv_heads   key and value heads: n_heads (the default) is MHA, 1 is MQA, a divisor between is GQA
+    head_dim     width of a head; d_model / n_heads where it is not given
+    rope         rotates queries and keys (B, T, H, D) by their positions
+    qk_norm      makes a normalisation of width head_dim, applied to each query and key head before the rotation
+    visible      which keys a query may see (llm/modules/masks.py)
+    score_bias   (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S)
+    scale        factor of the scores; 1 / sqrt(head_dim) where it is not given
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope: nn.Module | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        visible: Visible = causal,
+        score_bias: Callable[[Tensor, Tensor], Tensor] | None = None,
+        scale: float | None = None,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+    ):
+        super().__init__()
+        n_kv_heads = n_kv_heads or n_heads
+        head_dim = head_dim or d_model // n_heads
+        if n_heads % n_kv_heads:
+            raise ValueError(f"n_kv_heads = {n_kv_heads} must divide n_heads = {n_heads} (--model.n-kv-heads)")
+        self.head_dim, self.n_kv_heads, self.scale = head_dim, n_kv_heads, scale
+        self.rope, self.visible, self.score_bias = rope, visible, score_bias
+        self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=o_bias)
+        self.q_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
+        q, k, v = self.project(x, positions)
+        k, v, k_pos = remember(cache, positions, k=k, v=v)
+        heads = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), positions, k_pos)
+        return self.output(heads, x)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, d_model) -> q (B, T, H, D), k and v (B, T, H_kv, D), as they are cached."""
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if self.rope is not None:
+            q, k = self.rope(q, positions), self.rope(k, positions)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D)."""
+        bias = None if self.score_bias is None else self.score_bias(q_pos, k_pos)
+        return attention(q, k, v, q_pos, k_pos, self.visible, bias, self.scale)
+
+    def output(self, heads: Tensor, x: Tensor) -> Tensor:
+        """Join the heads (B, H, T, D) and project them: -> (B, T, d_model). `x` is the layer's input, for gates."""
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+    def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
+        """Room for `length` tokens, or for the window where that is shorter."""
+        n_slots = min(length, getattr(self.visible, "reach", length))
+        shape = (self.n_kv_heads, self.head_dim)
+        return slots(batch_size, n_slots, self.k_proj.weight, k=shape, v=shape)

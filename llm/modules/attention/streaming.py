@@ -1,0 +1,63 @@
+"""StreamingLLM: a window, and beside it the first tokens of the text, which are never forgotten.
+
+A trained Transformer heaps weight that it has no use for on the first tokens. A window that drops them breaks it; four
+of them kept beside the window, and a text may run on for ever in constant memory. Efficient Streaming Language Models
+with Attention Sinks, arXiv 2309.17453. Here they keep their original positions, so that generating with the cache
+equals recomputing the text; the paper numbers the tokens anew inside its cache. Blog: Attention, attention sinks.
+"""
+
+import torch
+from torch import Tensor
+
+from llm.modules.attention.multi_head import MultiHeadAttention
+from llm.modules.cache import remember, slots
+from llm.modules.masks import first_and_window
+
+
+class StreamingAttention(MultiHeadAttention):
+    """Multi-head attention to the last `window_size` tokens and the first `n_first`, in a cache of as many slots."""
+
+    def __init__(self, *, n_first: int, window_size: int, d_model: int, n_heads: int, **options):
+        """`options` are those of MultiHeadAttention, except visible."""
+        visible = first_and_window(n_first, window_size)
+        super().__init__(d_model=d_model, n_heads=n_heads, visible=visible, **options)
+        self.n_first, self.window_size = n_first, window_size
+
+    def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
+        q, k, v = self.project(x, positions)
+        if cache is None:
+            k_pos = positions
+        else:
+            k, v, k_pos = remember_first(cache, positions, self.n_first, k=k, v=v)
+        heads = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), positions, k_pos)
+        return self.output(heads, x)
+
+    def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
+        """n_first slots that are written once, then a ring of window_size."""
+        n_slots = self.n_first + min(length, self.window_size)
+        shape = (self.n_kv_heads, self.head_dim)
+        return slots(batch_size, n_slots, self.k_proj.weight, k=shape, v=shape)
+
+
+def remember_first(cache: dict[str, Tensor], positions: Tensor, n_first: int, **new: Tensor) -> tuple[Tensor, ...]:
+    """`remember` into a ring, and token p < n_first into slot p as well, for good. Returns the same as `remember`.
+
+    cache[..][:, :n_first] are the first tokens, the slots behind them the ring. While the ring still holds first tokens
+    they are hidden there, so that none is seen twice.
+    """
+    *recent, recent_pos = remember(
+        {name: all_slots[:, n_first:] for name, all_slots in cache.items()}, positions, **new
+    )
+    recent_pos = torch.where(recent_pos < n_first, -1, recent_pos)
+
+    slot = torch.arange(n_first, device=positions.device)
+    index = slot - positions[:, :1]  # (B, n_first): where among the new tokens the one at position `slot` is
+    arrives = (index >= 0) & (index < positions.shape[1])
+    row = torch.arange(len(positions), device=positions.device)[:, None]
+    for name, tokens in (new | {"pos": positions}).items():
+        first = cache[name][:, :n_first]
+        arrived = tokens[row, index.clamp(0, positions.shape[1] - 1)].to(first.dtype)
+        here = arrives.view(*arrives.shape, *[1] * (first.dim() - 2))
+        first.copy_(torch.where(here, arrived, first))
+    attended = [torch.cat([cache[name][:, :n_first], ring], 1) for name, ring in zip(new, recent, strict=True)]
+    return *attended, torch.cat([cache["pos"][:, :n_first], recent_pos], 1)

@@ -1,0 +1,63 @@
+"""Cross-entropy of a linear head, with its gradient computed on the way forward.
+
+    logits = x W^T                      ce = mean(logsumexp(logits) - logits[target])
+    d ce / d logits = (softmax(logits) - onehot(target)) / N
+
+With a large vocabulary the logits are the largest tensor of a training step by far, and only this loss reads them. So
+a block of them is turned into its slope in place, and that at once into its share of d/dx and d/dW: none is kept. Cut
+Your Losses, arXiv 2411.09009, and Liger Kernel, arXiv 2410.10989, do this inside GPU kernels. Blog: Overview.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 8192  # rows of logits in memory at once: products of many rows are the fast ones
+SOFTMAX_ROWS = {"cpu": 32}  # rows turned into slopes at once; a CPU's cache holds few, in float32
+
+
+def explicit_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """x (N, D), weight (V, D), targets (N,) -> the mean in nats; all N x V logits are kept for the gradient."""
+    return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same value and gradients without keeping the logits. Under autocast the products are made in its dtype."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return LinearCrossEntropy.apply(x.to(dtype), weight, targets)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Forward computes loss and both gradients, backward scales them. Products are made in x's dtype, the gradient of
+    the weight is summed in float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        weight = weight.to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        needs_gradient = any(ctx.needs_input_grad)
+        grad_x, grad_weight = torch.empty_like(x), 0
+        for start in range(0, len(x), BLOCK):
+            rows = x[start : start + BLOCK]
+            logits, wanted = rows @ weight.T, targets[start : start + BLOCK, None]  # (R, V), (R, 1)
+            n_rows = SOFTMAX_ROWS.get(x.device.type, BLOCK)
+            for some_logits, some_wanted in zip(logits.split(n_rows), wanted.split(n_rows), strict=True):
+                log_p = F.log_softmax(some_logits, -1, dtype=wide)
+                total -= log_p.gather(1, some_wanted).sum()
+                if needs_gradient:
+                    one = torch.ones_like(some_wanted, dtype=wide)
+                    some_logits.copy_(log_p.exp_().scatter_add_(1, some_wanted, -one))
+            if needs_gradient:
+                grad_x[start : start + BLOCK] = logits @ weight
+                grad_weight = grad_weight + (logits.T @ rows).to(wide)
+        ctx.save_for_backward(grad_x, grad_weight if needs_gradient else None)
+        ctx.n = len(x)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grad / ctx.n
+        return (grad_x * scale).to(grad_x.dtype), grad_weight * scale, None

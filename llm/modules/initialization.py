@@ -1,0 +1,81 @@
+"""How weights are drawn before training, so that signals and gradients neither vanish nor explode with depth.
+
+Standard deviations, with L = n_layers and a matrix that turns `in` channels into `out`:
+
+| scheme           | matrices (`.._proj`) | o_proj, down_proj              | drawn from                               |
+|------------------|----------------------|--------------------------------|------------------------------------------|
+| normal           | 0.02                 | 0.02 / sqrt(2 L)               | a normal distribution                    |
+| truncated_normal | 0.987 / sqrt(in)     | 0.987 / sqrt(in) / sqrt(2 L)   | N(0, 1 / in), cut off at 3 deviations    |
+| xavier           | sqrt(2 / (in + out)) | sqrt(2 / (in + out))           | a uniform distribution                   |
+| kaiming          | sqrt(2 / in)         | sqrt(2 / in)                   | a normal distribution                    |
+| zero_output      | 0.02                 | 0                              | a normal distribution                    |
+
+In every scheme: `embedding_std` of the config for the token embedding, which is 1 / sqrt(d_model) in the ladder, whose
+streams begin with sqrt(d_model) times the embedding as in Attention Is All You Need, and 0.02 elsewhere; 0.02 for a
+head of its own, routers and whatever else has two axes or more and is no `.._proj`; 0 for biases; gains and other
+vectors keep the values that their modules set. Stacked experts (E, out, in) are E matrices.
+
+o_proj and down_proj write to the residual stream, 2 L times in all: a factor of 1 / sqrt(2 L) keeps the sum as large as
+one of them, and zero makes every block the identity at the start.
+
+normal: Language Models are Unsupervised Multitask Learners (GPT-2), section 2.3. truncated_normal: a product of unit
+inputs has unit variance, as in Efficient BackProp (LeCun et al., 1998), with GPT-2's factor. xavier: Understanding the
+difficulty of training deep feedforward neural networks (Glorot and Bengio, 2010), a compromise between the forward and
+the backward pass. kaiming: Delving Deep into Rectifiers, arXiv 1502.01852, doubled since ReLU halves the variance.
+zero_output: the part of Fixup, arXiv 1901.09321, that a model with norms can use. Blog: Initialization.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def normal(weight: Tensor, writes_residual: bool, n_layers: int) -> None:
+    nn.init.normal_(weight, std=0.02 / (2 * n_layers) ** 0.5 if writes_residual else 0.02)
+
+
+def truncated_normal(weight: Tensor, writes_residual: bool, n_layers: int) -> None:
+    std = (weight.shape[-1] * (2 * n_layers if writes_residual else 1)) ** -0.5
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+def xavier(weight: Tensor, writes_residual: bool, n_layers: int) -> None:
+    limit = (6 / sum(weight.shape[-2:])) ** 0.5  # a uniform distribution within +-limit deviates by limit / sqrt(3)
+    nn.init.uniform_(weight, -limit, limit)
+
+
+def kaiming(weight: Tensor, writes_residual: bool, n_layers: int) -> None:
+    nn.init.normal_(weight, std=(2 / weight.shape[-1]) ** 0.5)
+
+
+def zero_output(weight: Tensor, writes_residual: bool, n_layers: int) -> None:
+    nn.init.normal_(weight, std=0.0 if writes_residual else 0.02)
+
+
+SCHEMES: dict[str, Callable[[Tensor, bool, int], None]] = {
+    "normal": normal,
+    "truncated_normal": truncated_normal,
+    "xavier": xavier,
+    "kaiming": kaiming,
+    "zero_output": zero_output,
+}
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, scheme: str, n_layers: int, embedding_std: float = 0.02) -> None:
+    """Draw the parameters of `model` in place from the global generator, kind by kind as in the table above.
+
+    Raises ValueError for a scheme that is not in it.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"initialization = {scheme!r} must be one of {', '.join(SCHEMES)} (--model.initialization)")
+    for name, parameter in model.named_parameters():
+        path = name.split(".")
+        if path[-1] == "bias" or path[-1].endswith("_proj_bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() >= 2 and any(part.endswith("_proj") for part in path):
+            writes_residual = "o_proj" in path or "down_proj" in path
+            SCHEMES[scheme](parameter, writes_residual, n_layers)
+        elif parameter.dim() >= 2:
+            nn.init.normal_(parameter, std=embedding_std if name == "tok_embed.weight" else 0.02)

@@ -1,0 +1,72 @@
+"""Normalisation: keep the scale of activations under control, so that depth does not make them grow or vanish.
+
+    LayerNorm(x)            = (x - mean(x)) / sqrt(var(x) + eps) * w + b
+    RMSNorm(x)              = x / sqrt(mean(x^2) + eps) * w
+    ZeroCentredRMSNorm(x)   = x / sqrt(mean(x^2) + eps) * (1 + w)
+
+Means run over the last axis. Half precision is averaged in fp32: squares of bf16 numbers have three digits.
+Blog: Normalization, LayerNorm and RMSNorm.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """Divide the last axis by its root mean square: (.., dim) -> (.., dim).
+
+    LayerNorm without the mean and the bias. In half precision the quotient is rounded before the gain multiplies it,
+    as LLaMA does. Root Mean Square Layer Normalization, arXiv 1910.07467.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+
+
+class OnceRoundedRMSNorm(RMSNorm):
+    """RMSNorm that in half precision takes the product with the gain in fp32, too, as OLMo 2 and GPT-OSS do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (F.rms_norm(x.to(wide), self.weight.shape, None, self.eps) * self.weight).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Shift the last axis to mean 0 and scale it to variance 1: (.., dim) -> (.., dim).
+
+    Layer Normalization, arXiv 1607.06450.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class ZeroCentredRMSNorm(nn.Module):
+    """RMSNorm whose gain is 1 + w: (.., dim) -> (.., dim), with w = 0 at the start.
+
+    Weight decay then pulls the gain to 1 instead of 0, and a small change of it survives rounding to bf16, whose
+    numbers lie densely around 0 and 1/128 apart above 1. Without decay it trains as RMSNorm does. The product is taken
+    in fp32 and rounded once. Gemma: Open Models Based on Gemini Research and Technology, arXiv 2403.08295.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(wide), self.weight.shape, None, self.eps)
+        return (normed * (1 + self.weight.to(wide))).to(x.dtype)

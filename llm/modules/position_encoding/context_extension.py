@@ -1,0 +1,169 @@
+"""Longer contexts: how a model trained with RoPE up to some length reads texts `factor` times as long.
+
+A pair of channels that turns f radians per token sees, beyond the trained length L, angles it never met if it did not
+complete a turn in L tokens. Each method below answers with other frequencies, f' (d is the number of turned channels):
+
+| method               | f'                                                                                          |
+|----------------------|---------------------------------------------------------------------------------------------|
+| linear interpolation | f / factor: old angles, but neighbouring tokens come closer                                 |
+| NTK-aware            | theta' = theta factor^(d / (d - 2)): the slowest pair as above, the fastest as before       |
+| dynamic NTK          | the same with what the text at hand needs: factor n / L - (factor - 1), and 1 up to L       |
+| YaRN                 | f above beta_fast turns in L tokens, f / factor below beta_slow, a ramp over i between;     |
+|                      | and scores times (0.1 ln(factor) + 1)^2, since longer texts flatten the softmax             |
+| Llama 3              | f above high_freq_factor turns, f / factor below low_freq_factor, linear in turns between   |
+
+A scaling is called with (rotary_dim, theta, positions) and gives the inverse frequencies (rotary_dim / 2,) in fp32 and
+a factor of all cosines and sines, so that `RoPE(head_dim, theta, scaling=YaRN(factor=4, original_length=512))` is all.
+No scaling has weights: a trained model is read longer by building it again with one. Blog: Position encoding, longer
+context.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm.modules.position_encoding.rope import inverse_frequencies
+
+
+@dataclass(frozen=True)
+class LinearInterpolation:
+    """Extending Context Window of Large Language Models via Positional Interpolation, arXiv 2306.15595."""
+
+    factor: float
+
+    def __post_init__(self):
+        check(self, "factor")
+
+    def __call__(self, dim: int, theta: float, positions: Tensor) -> tuple[Tensor, float]:
+        return inverse_frequencies(dim, theta, positions.device) / self.factor, 1.0
+
+
+@dataclass(frozen=True)
+class NTKAware:
+    """A larger base. Told in section 3.1 of YaRN, arXiv 2309.00071, after posts by bloc97 on Reddit."""
+
+    factor: float
+
+    def __post_init__(self):
+        check(self, "factor")
+
+    def __call__(self, dim: int, theta: float, positions: Tensor) -> tuple[Tensor, float]:
+        return inverse_frequencies(dim, larger_base(theta, self.factor, dim), positions.device), 1.0
+
+
+@dataclass(frozen=True)
+class DynamicNTK:
+    """A base that grows with the text, whose length is the largest position of the call + 1; section 3.3 of YaRN.
+
+    Keys in a cache were turned by the base of their time: decoding through one is not what the whole text gives.
+    """
+
+    factor: float
+    original_length: int
+
+    def __post_init__(self):
+        check(self, "factor", "original_length")
+
+    def __call__(self, dim: int, theta: float, positions: Tensor) -> tuple[Tensor, float]:
+        length = (positions.max() + 1).clamp(min=self.original_length)  # a tensor: the device need not wait
+        growth = self.factor * length / self.original_length - (self.factor - 1)
+        return inverse_frequencies(dim, larger_base(theta, growth, dim), positions.device), 1.0
+
+
+@dataclass(frozen=True)
+class YaRN:
+    """YaRN: Efficient Context Window Extension of Large Language Models, arXiv 2309.00071, sections 3.2 and 3.4.
+
+    truncate                round the ends of the ramp outwards to whole channels; GPT-OSS does not
+    attention_factor        of cosines and sines, so its square is that of scores; 0.1 ln(factor) + 1 if not given
+    mscale, mscale_all_dim  DeepSeek's: attention_factor is the ratio of `yarn_mscale` for the two where both are given;
+                            its attention multiplies its scores by yarn_mscale(factor, mscale_all_dim)^2 itself
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    def __post_init__(self):
+        check(self, "factor", "original_length")
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(f"beta_slow = {self.beta_slow} must lie between 0 and beta_fast = {self.beta_fast}")
+
+    def __call__(self, dim: int, theta: float, positions: Tensor) -> tuple[Tensor, float]:
+        pair = torch.arange(dim // 2, device=positions.device, dtype=torch.float32)
+        first, last = self.ramp(dim, theta)
+        kept = 1 - ((pair - first) / (last - first)).clamp(0, 1)
+        wavelengths = theta ** (2 * pair / dim)
+        return 1 / (self.factor * wavelengths) * (1 - kept) + 1 / wavelengths * kept, self.temperature()
+
+    def ramp(self, dim: int, theta: float) -> tuple[float, float]:
+        """The pairs between which frequencies pass from kept to interpolated."""
+        first = pair_that_turns(self.beta_fast, self.original_length, dim, theta)
+        last = pair_that_turns(self.beta_slow, self.original_length, dim, theta)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        return first, last + 0.001 if first == last else last
+
+    def temperature(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+        return yarn_mscale(self.factor)
+
+
+@dataclass(frozen=True)
+class Llama3Bands:
+    """The Llama 3 Herd of Models, arXiv 2407.21783: fast pairs kept, slow ones interpolated, in published values
+    factor 8 (32 in 3.2), low_freq_factor 1, high_freq_factor 4 and original_length 8192."""
+
+    factor: float
+    original_length: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self):
+        check(self, "factor", "original_length")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor = {self.low_freq_factor} must lie between 0 and "
+                f"high_freq_factor = {self.high_freq_factor}"
+            )
+
+    def __call__(self, dim: int, theta: float, positions: Tensor) -> tuple[Tensor, float]:
+        frequencies = inverse_frequencies(dim, theta, positions.device)
+        turns = self.original_length / (2 * math.pi / frequencies)  # within the trained length
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return (1 - kept) * frequencies / self.factor + kept * frequencies, 1.0
+
+
+def larger_base(theta: float, growth: float | Tensor, dim: int) -> float | Tensor:
+    """The base whose slowest frequency is theta's divided by `growth`."""
+    if dim < 4:
+        raise ValueError(f"NTK scaling needs rotary_dim = {dim} to be at least 4: a single pair has no base")
+    return theta * growth ** (dim / (dim - 2))
+
+
+def pair_that_turns(n_turns: float, length: int, dim: int, theta: float) -> float:
+    """The (fractional) index i of the pair that makes `n_turns` full turns in `length` tokens."""
+    return dim * math.log(length / (n_turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """0.1 mscale ln(factor) + 1, the root of YaRN's factor of the scores; 1 where nothing is extended."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def check(scaling, *names: str) -> None:
+    """Raises ValueError where one of these fields is below 1."""
+    for name in names:
+        if not getattr(scaling, name) >= 1:
+            raise ValueError(f"{type(scaling).__name__}: {name} = {getattr(scaling, name)} must be at least 1")
