@@ -1,0 +1,147 @@
+"""What can be set: the fields every model has, the textbook decoder's, and those of a training run.
+
+A model's own fields stand beside the model. Every field is a command-line flag: those of `TrainConfig` bare
+(`--max-lr 1e-3`), those of the model under `--model.` (`--model.n-layers 8`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+Initialization = Literal["normal", "truncated_normal", "xavier", "kaiming", "zero_output"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes that every model has. Raises ValueError for a size that is not positive."""
+
+    vocab_size: int = 10_000
+    """Entries of the vocabulary; where it is not given, the data's."""
+    max_seq_len: int = 512
+    """Context length in tokens, in training and in generation."""
+    d_model: int = 512
+    """Width of the residual stream."""
+    n_layers: int = 4
+    """Number of blocks."""
+    norm_eps: float = 1e-5
+    """Added to the variance in every normalisation."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output head, too."""
+    initialization: Initialization = "normal"
+    """How weights are drawn; llm/modules/initialization.py has the standard deviations of each."""
+
+    small: ClassVar[dict[str, Any]] = {"d_model": 128, "max_seq_len": 256}
+    """The same architecture at the size that `--sample` trains on a laptop, as overrides of the defaults."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "max_seq_len", "d_model", "n_layers"):
+            check_positive(self, name)
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation of the token embedding at the start."""
+        return 0.02
+
+
+@dataclass(frozen=True)
+class DecoderConfig(ModelConfig):
+    """What the textbook decoder adds: attention heads and a feed-forward width."""
+
+    n_heads: int = 16
+    """Attention heads; must divide d_model."""
+    d_ff: int = 2048
+    """Width of the feed-forward layer."""
+
+    small: ClassVar[dict[str, Any]] = {**ModelConfig.small, "n_heads": 4, "d_ff": 512}
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("n_heads", "d_ff"):
+            check_positive(self, name)
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"n_heads = {self.n_heads} does not divide d_model = {self.d_model}: choose a divisor "
+                f"(--model.n-heads) or another width (--model.d-model)"
+            )
+
+    @property
+    def embedding_std(self) -> float:
+        """The textbook decoder multiplies embeddings by sqrt(d_model): so tokens come in with unit variance, and are
+        heard beside their positions."""
+        return self.d_model**-0.5
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: data, budget, optimiser, evaluation, machine."""
+
+    data: Path = Path("data/tinystories")
+    """Folder that pre_tokenize.py wrote."""
+    out: Path | None = None
+    """Run directory; where it is not given, runs/<model> for TinyStories and runs/<model>-<folder> for other data."""
+    steps: int = 2_500
+    """Optimiser steps."""
+    tokens_per_step: int = 131_072
+    """Tokens in one optimiser step over all ranks; the accumulation follows from it."""
+    micro_batch_size: int = 32
+    """Windows that one rank computes at once; lower it when memory runs out, the result stays the same."""
+    seed: int = 0
+    """Draws the weights and the order of the data."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the blocks, with AdamW for the rest; the other settings serve both."""
+    max_lr: float = 1e-3
+    """Learning rate after the warm-up."""
+    min_lr: float = 1e-4
+    """Learning rate at the last step."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up; a cosine follows."""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of the gradients."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean of their squares."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int = 250
+    """Steps between two evaluations."""
+    eval_windows: int = 512
+    """Windows of the eval split in one evaluation, always the same; fewer where the split is smaller."""
+    save_every: int = 250
+    """Steps between two checkpoints."""
+    resume: str = "auto"
+    """auto: go on from the newest good checkpoint of the run directory; never: start anew; or a checkpoint's path."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Mirror the metrics to Weights & Biases; auto: when WANDB_API_KEY is set."""
+
+    device: str = "auto"
+    """auto, cuda, cuda:1, mps or cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it, else fp32. Weights are fp32 either way."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on CUDA only."""
+
+    def __post_init__(self):
+        for name in ("steps", "tokens_per_step", "micro_batch_size", "log_every", "eval_every", "eval_windows"):
+            check_positive(self, name)
+        for name in ("max_lr", "grad_clip", "save_every"):
+            check_positive(self, name)
+        if not 0 <= self.min_lr <= self.max_lr:
+            raise ValueError(f"min_lr = {self.min_lr} must lie between 0 and max_lr = {self.max_lr} (--min-lr)")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps = {self.warmup_steps} must not be negative (--warmup-steps)")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1) (--{name})")
+
+
+def check_positive(config, name: str) -> None:
+    """Raises ValueError, naming the field and its flag, where a size is not above zero."""
+    value = getattr(config, name)
+    if not value > 0:
+        flag = ("model." if isinstance(config, ModelConfig) else "") + name.replace("_", "-")
+        raise ValueError(f"{name} = {value} must be positive (--{flag})")

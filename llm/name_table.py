@@ -1,0 +1,228 @@
+"""How a model of ours and its published checkpoint say the same thing: two tables in the model's file, read both ways.
+
+Weights. A row is (ours, theirs, operation): what a tensor is called here, what it is called there, and what turns
+theirs into ours. Export runs the same rows backwards.
+
+    ("blocks.{layer}.mixer.*", "model.layers.{layer}.self_attn.*", same)
+    ("blocks.{layer}.mixer.o_proj.weight", "h.{layer}.attn.c_proj.weight", transpose)
+    (("blocks.{layer}.mixer.q_proj.bias", "blocks.{layer}.mixer.k_proj.bias", "blocks.{layer}.mixer.v_proj.bias"),
+     "h.{layer}.attn.c_attn.bias", split(3))
+    ("blocks.{layer}.ffn.experts.gate_up_proj[{expert}]",
+     ("model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+      "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"), join(2))
+
+`{layer}` is a number and `*` any text, the same on both sides. `[{expert}]` takes slices of our tensor, one for each
+expert: experts that lie stacked here and one by one there need no more than that, and no memory beyond one of them.
+A row serves the tensors that the model has: without biases, with a tied head or in a dense layer it finds nothing to
+do, so a table has no conditions. Where several rows fit a tensor, the first whose names the checkpoint holds is taken:
+that is how two layouts of one model are both read. Export takes the first row, so rows with `*` come last.
+
+Configuration. A field is (ours, theirs, default): the name here, the name in config.json, and what transformers takes
+where config.json leaves it out; a default that is a string names another field of ours. `required` lists what
+config.json may say where the model knows one way only, `ignored` what has no effect on it. `read` takes out of
+config.json what needs more than a name (RoPE: llm/modules/position_encoding/rope_settings.py) and `write` puts it back.
+Null or text where a number is needed is an error. So is anything else in config.json that is not null or false: it
+could change the result unseen.
+
+To add a model: put `published = Published(...)` on its class (llm/models/llama.py is the shortest example), and add it
+to MODELS. `load_pretrained`, `export_pretrained` and the errors of both follow from the tables.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, cat
+
+Tensors = Sequence[Tensor]
+
+
+class PretrainedError(ValueError):
+    """A published checkpoint that cannot be read or written as it is; the message names the file, field or tensor."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`load` turns their tensors of a row into ours, `save` ours into theirs: each undoes the other."""
+
+    load: Callable[[Tensors], Tensors]
+    save: Callable[[Tensors], Tensors]
+
+    def then(self, other: "Operation") -> "Operation":
+        """In loading first this one, then the other."""
+        return Operation(lambda theirs: other.load(self.load(theirs)), lambda ours: self.save(other.save(ours)))
+
+
+same = Operation(lambda theirs: theirs, lambda ours: ours)
+transpose = Operation(lambda theirs: [x.mT for x in theirs], lambda ours: [x.mT for x in ours])
+"""Matrices stored (in, out), as in GPT-2, or stacks of them (E, in, out)."""
+
+
+def split(n: int, dim: int = 0) -> Operation:
+    """One tensor of theirs holds n of ours, equally large, one after the other along `dim`."""
+    return Operation(lambda theirs: theirs[0].chunk(n, dim), lambda ours: [cat(list(ours), dim)])
+
+
+def join(n: int, dim: int = 0) -> Operation:
+    """The inverse of `split`: n tensors of theirs are the parts of one of ours."""
+    parts = split(n, dim)
+    return Operation(parts.save, parts.load)
+
+
+def deinterleave(dim: int) -> Operation:
+    """Theirs alternates along `dim` (< 0), g0 u0 g1 u1 ..; ours has g0 g1 .. and then u0 u1 .. (GPT-OSS)."""
+    return Operation(
+        lambda theirs: [x.unflatten(dim, (-1, 2)).transpose(dim, dim - 1).flatten(dim - 1, dim) for x in theirs],
+        lambda ours: [x.unflatten(dim, (2, -1)).transpose(dim, dim - 1).flatten(dim - 1, dim) for x in ours],
+    )
+
+
+Names = str | tuple[str, ...]
+Row = tuple[Names, Names, Operation]
+
+
+class Step(NamedTuple):
+    """A row with its blanks filled in: `ours` are names and, for a slice of the first axis, its number."""
+
+    ours: list[tuple[str, int | None]]
+    theirs: list[str]
+    operation: Operation
+
+
+def plan(rows: Sequence[Row], tensors: Mapping[str, Tensor], available: Collection[str] = ()) -> list[Step]:
+    """What to do for each of our `tensors`, given the names that a checkpoint holds; for export, `available` is empty.
+
+    Raises PretrainedError for a tensor of ours that no row knows: the table is not complete.
+    """
+    steps, planned = [], set()
+    for name in tensors:
+        if name in planned:
+            continue
+        spellings = [spelling for row in rows if (spelling := list(fill_in(row, name, tensors)))]
+        if not spellings:
+            raise PretrainedError(f"no row of the name table has a place for {name}")
+        held = [steps for steps in spellings if any(their in available for step in steps for their in step.theirs)]
+        chosen = (held or spellings)[0]
+        steps += chosen
+        planned |= {our for step in chosen for our, _ in step.ours}
+    return steps
+
+
+def fill_in(row: Row, name: str, tensors: Mapping[str, Tensor]) -> Iterator[Step]:
+    """The steps of a row that serve our tensor `name`: none, one, or one for each slice."""
+    ours, theirs, operation = row
+    ours, theirs = as_tuple(ours), as_tuple(theirs)
+    sliced = any(template.endswith(SLICE) for template in ours)
+    bare = [template.removesuffix(SLICE) for template in ours]
+    match = next((found for template in bare if (found := pattern(template).fullmatch(name))), None)
+    if match is None:
+        return
+    for expert in range(len(tensors[name])) if sliced else (None,):
+        blanks = {**match.groupdict(), "expert": expert}
+        yield Step([(write_in(t, blanks), expert) for t in bare], [write_in(t, blanks) for t in theirs], operation)
+
+
+def parts(tensors: Mapping[str, Tensor], step: Step) -> list[Tensor]:
+    """Our tensors of a step, or the slices of them."""
+    return [tensors[name] if index is None else tensors[name][index] for name, index in step.ours]
+
+
+SLICE = "[{expert}]"
+
+
+def as_tuple(names: Names) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def pattern(template: str) -> re.Pattern:
+    """`{layer}` matches a number, `*` what is left."""
+    text = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\*", "(?P<rest>.+)")
+    return re.compile(text)
+
+
+def write_in(template: str, blanks: Mapping[str, Any]) -> str:
+    return template.format(**blanks).replace("*", blanks.get("rest", "*"))
+
+
+@dataclass(frozen=True)
+class Published:
+    """How transformers holds a model: the two tables of the module's docstring."""
+
+    model_type: str
+    """As in config.json."""
+    architecture: str
+    """The class of transformers that opens what `export_pretrained` writes."""
+    names: tuple[Row, ...]
+    fields: tuple[tuple[str, str, Any], ...]
+    required: Mapping[str, tuple] = field(default_factory=dict)
+    """Their field -> the values that mean what our model does. The first is what transformers takes where it is left
+    out, as export does. A list in config.json must hold nothing else than these values."""
+    nullable: frozenset[str] = frozenset()
+    """Their fields that may be null, although what transformers takes where they are left out is not."""
+    ignored: frozenset[str] = frozenset()
+    """Their fields that change nothing here, beside those that change nothing anywhere (IRRELEVANT)."""
+    ignored_weights: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    """Their config -> regular expression of tensors that may be there and are not needed, such as stored masks."""
+    read: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda left, ours: {}
+    """(what is left of their config, our fields so far) -> more fields of ours; takes what it used out of the first."""
+    write: Callable[[Any], dict[str, Any]] = lambda config: {}
+    """The inverse: our config -> fields of theirs, which win over those of `fields`."""
+
+
+# Where a text begins and ends, how weights were drawn, what training and bookkeeping need: no logit depends on it.
+IRRELEVANT = re.compile(
+    r"_.*|architectures|auto_map|model_type|quantization_config|transformers_version|torch_dtype|dtype|name_or_path|"
+    r".*_token_id|tokenizer_class|initializer_range|use_cache|pretraining_tp|id2label|label2id|task_specific_params|"
+    r"attention_dropout|hidden_dropout|output_(router_logits|attentions|hidden_states)|router_aux_loss_coef|return_dict|max_length|do_sample"
+)
+
+
+def read_config(published: Published, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of our config that a config.json asks for.
+
+    Raises PretrainedError for a value that our model has no counterpart of, and for a field that it does not know.
+    """
+    left, ours = dict(config), {}
+    for name, their_name, default in published.fields:
+        value = left.pop(their_name, default)
+        if isinstance(default, str) and value in (None, default):
+            value = ours[default]
+        check_number(their_name, value, nullable=default is None or their_name in published.nullable)
+        ours[name] = value
+    for name, allowed in published.required.items():
+        require(name, left.pop(name, allowed[0]), allowed)
+    ours |= published.read(left, ours)
+    unknown = [name for name in left if name not in published.ignored and not IRRELEVANT.fullmatch(name)]
+    listed = ", ".join(f"{name} = {left[name]!r}" for name in sorted(unknown) if left[name] not in (None, False))
+    if listed:
+        raise PretrainedError(
+            f"config.json of model_type {published.model_type!r} sets {listed}, which this code does not know and "
+            "would have to ignore: a model built without it may compute something else"
+        )
+    return ours
+
+
+def check_number(name: str, value: Any, nullable: bool = False) -> None:
+    """Raises PretrainedError for text, and for null unless it means something here. Lists and booleans pass."""
+    if isinstance(value, str) or (value is None and not nullable):
+        raise PretrainedError(f"config.json sets {name} to {json.dumps(value)}: this model needs a number there")
+
+
+def require(name: str, value: Any, allowed: Collection) -> None:
+    """Raises PretrainedError where `value`, or an item of it if it is a list, is none of the allowed ones."""
+    for item in value if isinstance(value, list) else [value]:
+        if item not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise PretrainedError(f"config.json sets {name} = {item!r}: this model knows {choices} only")
+
+
+def write_config(published: Published, config: Any) -> dict[str, Any]:
+    """The config.json that `read_config` reads back to `config`, without what belongs to tokenizer and weights."""
+    theirs = {"architectures": [published.architecture], "model_type": published.model_type}
+    for name, their_name, default in published.fields:
+        value = getattr(config, name)
+        if value is not None or default is not None:
+            theirs[their_name] = value
+    return theirs | published.write(config)

@@ -1,0 +1,204 @@
+"""Costs by formula against what torch counts, what the mask shows and what the model holds."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm.accounting import describe, forward_flops, mean_keys, summary, units
+from llm.models import MODELS
+from llm.modules import masks
+from llm.modules.attention.latent import LatentAttention
+from llm.modules.attention.sinks import SinkAttention
+
+T = 48
+
+
+def dense(model):
+    """A copy whose masks hide nothing from the formula: what is counted when scores are computed first, then masked."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "visible"):
+            module.visible = masks.everything
+    return model
+
+
+def counted(model, run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run(model)
+    return counter.get_total_flops()
+
+
+def padding_flops(model) -> float:
+    """Per token, what fused paths add: for attention sinks 8 channels and one key to hide them in, for latent attention
+    values as wide as its keys."""
+    latent = [module for module in model.blocks.modules() if isinstance(module, LatentAttention)]
+    padded = sum(2 * m.n_heads * max(0, sum(m.q_split) - m.expanded_split[1]) * T for m in latent)
+    sinks = [module for module in model.modules() if isinstance(module, SinkAttention)]
+    extra = (sink.q_proj.out_features for sink in sinks)
+    heads = (sink.q_proj.out_features // sink.head_dim for sink in sinks)
+    return padded + sum(4 * ((e + 8 * h) * (T + 1) - e * T) for e, h in zip(extra, heads, strict=True))
+
+
+def test_forward_flops_are_what_torch_counts(model):
+    """On one text, masks computed and thrown away, as both of torch's CPU paths do."""
+    tokens = torch.randint(97, (1, T))
+    formula = forward_flops(dense(model), T) + padding_flops(model)
+    assert counted(model, lambda model: model(tokens)) == pytest.approx(T * formula, rel=1e-12)
+
+
+def with_wide_values():
+    return tiny_model("latent", v_head_dim=64)
+
+
+def with_one_block_twice():
+    model = tiny_model("baseline")
+    model.blocks[1] = model.blocks[0]
+    return model
+
+
+def with_biased_experts():
+    model = tiny_model("mixture_of_experts")
+    model.blocks[0].ffn.experts.down_proj_bias = nn.Parameter(torch.zeros(model.config.n_experts, 128))
+    return model
+
+
+@pytest.mark.parametrize("make", [with_wide_values, with_one_block_twice, with_biased_experts])
+def test_forward_flops_of_unusual_parts_are_what_torch_counts(make):
+    model = make()
+    total = counted(model, lambda model: model(torch.randint(97, (1, T))))
+    assert total == pytest.approx(T * forward_flops(dense(model), T), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["baseline", "rope", "grouped_query", "latent", "mixture_of_experts"])
+def test_training_takes_three_times_the_forward_flops(name):
+    model = tiny_model(name)
+    tokens = torch.randint(97, (2, T + 1))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused backward pass computes the scores again
+        total = counted(model, lambda model: model.loss(tokens)[0].backward())
+    assert total == pytest.approx(2 * T * 3 * forward_flops(dense(model), T), rel=1e-12)
+    costs = describe(model, T)
+    assert costs["training_flops_per_token"] == 3 * costs["flops_per_token"]
+
+
+def test_parameters_are_the_models_own(model):
+    costs = describe(model, T)
+    assert costs["parameters"] == sum(tensor.numel() for tensor in dict(model.named_parameters()).values())
+    assert 0 < costs["active_parameters"] <= costs["parameters"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_active_parameters_are_those_that_one_token_reaches(name):
+    """Through one token's gradient: rows of other tokens in an untied embedding aside, an idle expert gets none."""
+    model = tiny_model(name).eval()
+    model(torch.tensor([[5]])).square().sum().backward()
+    idle = 0
+    for path, parameter in model.named_parameters():
+        if parameter.grad is None:
+            idle += parameter.numel()
+        elif ".experts." in path:
+            idle += sum(part.numel() for part in parameter.grad if not part.any())
+    costs = describe(model, T)
+    assert costs["active_parameters"] == costs["parameters"] - idle
+
+
+def test_the_baselines_costs_are_those_worked_out_by_hand():
+    Model, Config = MODELS["baseline"]
+    with torch.device("meta"):
+        costs = describe(Model(Config()))
+    layer = 4 * 512 * 512 + 2 * 512 * 2048
+    gains = (2 * 4 + 1) * 512
+    assert costs["parameters"] == costs["active_parameters"] == 10_000 * 512 + 4 * layer + gains == 17_707_520
+    assert costs["flops_per_token"] == 2 * (10_000 * 512 + 4 * layer) + 4 * 4 * 512 * 513 / 2
+    assert costs["cache_bytes_per_token"] == 4 * 2 * 512 * 4  # layers, keys and values, width, bytes
+
+
+def test_flops_and_cache_grow_with_the_context_unless_a_window_ends_it():
+    short, long = (describe(tiny_model("baseline"), n) for n in (100, 400))
+    assert long["flops_per_token"] - short["flops_per_token"] == 2 * 4 * 128 * 300 / 2  # 2 layers, 300 more keys / 2
+    assert long["cache_bytes_per_token"] == short["cache_bytes_per_token"] == 2 * 2 * 128 * 8  # float64
+    window = 16
+    short, long = (describe(tiny_model("sliding_window", window_size=window), n) for n in (100, 400))
+    assert long["cache_bytes_per_token"] * 400 == short["cache_bytes_per_token"] * 100 == window * 2 * 2 * 128 * 8
+    assert long["flops_per_token"] - short["flops_per_token"] < 2 * 4 * 128 * window
+
+
+def test_cached_bytes_count_few_key_heads_and_latents_as_they_are():
+    baseline, multi_query, latent = (tiny_model(name) for name in ("baseline", "multi_query", "latent"))
+    per_token = [describe(model, T)["cache_bytes_per_token"] for model in (baseline, multi_query, latent)]
+    c = latent.config
+    assert per_token[1] == per_token[0] / baseline.config.n_heads
+    assert per_token[2] == c.n_layers * (c.kv_lora_rank + c.qk_rope_head_dim) * 8
+
+
+def test_layers_that_share_a_cache_are_counted_once():
+    model = tiny_model("baseline")
+    alone = describe(model, T)["cache_bytes_per_token"]
+    model.share = lambda layers: [layers[0]] * len(layers)
+    assert describe(model, T)["cache_bytes_per_token"] == alone / model.config.n_layers
+
+
+@pytest.mark.parametrize(
+    "visible, expected",
+    [
+        (masks.causal, (T + 1) / 2),
+        (masks.everything, T),
+        (masks.window(1), 1),
+        (masks.window(8), 8 - 8 * 7 / 2 / T),
+        (masks.own_block(8), 4.5),
+    ],
+)
+def test_mean_keys_are_counted_from_the_mask(visible, expected):
+    assert mean_keys(visible, T) == pytest.approx(expected, rel=1e-12)
+
+
+def test_mean_keys_of_a_long_text_are_estimated_without_its_whole_mask():
+    assert mean_keys(masks.causal, 100_000) == pytest.approx(50_000.5, rel=1e-4)
+    assert mean_keys(masks.window(4096), 100_000) == pytest.approx(4096 - 4096 * 4095 / 2 / 100_000, rel=0.01)
+
+
+def test_experts_beyond_the_chosen_cost_memory_but_no_work():
+    few, many = (describe(tiny_model("mixture_of_experts", n_experts=n), T) for n in (4, 16))
+    router = 2 * 12 * 128  # layers, more experts, width
+    assert many["parameters"] > 1.5 * few["parameters"]
+    assert many["active_parameters"] - few["active_parameters"] == router
+    assert many["flops_per_token"] - few["flops_per_token"] == 2 * router
+
+
+def test_a_module_may_say_what_it_computes():
+    model = tiny_model("baseline")
+    before = forward_flops(model, T)
+    model.blocks[0].ffn.flops = lambda context: 1000 * context
+    assert forward_flops(model, T) == before + 1000 * T
+
+
+def test_an_untied_head_costs_parameters_but_the_same_work():
+    tied, untied = (describe(tiny_model("baseline", tie_embeddings=tie), T) for tie in (True, False))
+    assert untied["parameters"] == tied["parameters"] + 97 * 128
+    assert untied["flops_per_token"] == tied["flops_per_token"]
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (4.5, "4.50 "),
+        (512, "512 "),
+        (999.7, "1.00 k"),
+        (17_707_520, "17.7 M"),
+        (18_000_000, "18.0 M"),
+        (3e12, "3.00 T"),
+    ],
+)
+def test_numbers_for_people(value, text):
+    assert units(value) == text
+
+
+def test_the_summary_names_the_experts_a_token_uses_only_where_there_are_experts():
+    lines = summary(tiny_model("baseline")).splitlines()
+    assert [line[:12].strip() for line in lines] == ["parameters", "compute", "cache"]
+    assert "active" not in lines[0]
+    assert "active" in summary(tiny_model("mixture_of_experts")).splitlines()[0]

@@ -1,0 +1,119 @@
+"""The contract that every model in MODELS keeps."""
+
+import copy
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import VOCABULARY, redraw, tiny_model
+
+from llm.models import MODELS
+
+
+def test_logits_have_the_right_shape(model, tokens):
+    logits = model(tokens)
+    assert logits.shape == (*tokens.shape, VOCABULARY)
+    assert logits.isfinite().all()
+
+
+def test_the_future_does_not_reach_the_past(model, tokens):
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % VOCABULARY
+    before, after = model(tokens), model(changed)
+    # experts see groups of other sizes, so the last bit may differ
+    torch.testing.assert_close(before[:, :-1], after[:, :-1], rtol=0, atol=1e-12)
+    assert not torch.allclose(before[:, -1], after[:, -1])
+
+
+@pytest.mark.parametrize("parts", [[1] * 24, [24], [7, 1, 16], [20, 1, 1, 1, 1]])
+def test_cached_logits_equal_uncached_ones(model, tokens, parts):
+    cache = model.make_cache(len(tokens), tokens.shape[1])
+    cached = torch.cat([model(part, cache) for part in tokens.split(parts, 1)], 1)
+    torch.testing.assert_close(cached, model(tokens), rtol=0, atol=1e-5)
+
+
+def test_a_padded_batch_gives_what_each_prompt_gives_alone(model, tokens):
+    padding = torch.tensor([0, 5, 11])
+    cache = model.make_cache(len(tokens), tokens.shape[1], padding)
+    together = torch.cat([model(part, cache) for part in tokens.split([13, 1, 1, 9], 1)], 1)
+    for row, n in enumerate(padding):
+        alone = model(tokens[row : row + 1, n:])
+        torch.testing.assert_close(together[row, n:], alone[0], rtol=0, atol=1e-5)
+
+
+def test_greedy_generation_equals_recomputing_everything(model, tokens):
+    prompt = tokens[:, :9]
+    generated = torch.stack(list(model.generate(prompt, 12, lambda logits: logits.argmax(-1))), 1)
+    text = prompt
+    for _ in range(12):
+        text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, text[:, 9:])
+
+
+def test_generation_stops_where_the_context_is_full(model, tokens):
+    steps = list(model.generate(tokens, 1000, lambda logits: logits.argmax(-1)))
+    assert len(steps) == model.config.max_seq_len - tokens.shape[1]
+
+
+def test_every_parameter_gets_a_gradient(model, tokens):
+    model.train()
+    loss, parts = model.loss(tokens)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), parts["ce"] + parts["aux"])
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+def test_the_loss_is_the_cross_entropy_of_the_next_token(model, tokens):
+    _, parts = model.loss(tokens)
+    log_p = model(tokens[:, :-1]).log_softmax(-1)
+    naive = [-log_p[b, t, tokens[b, t + 1]] for b in range(len(tokens)) for t in range(tokens.shape[1] - 1)]
+    torch.testing.assert_close(parts["ce"].double(), torch.stack(naive).mean(), rtol=0, atol=1e-5)
+
+
+def test_a_copy_is_independent_and_equal(model, tokens):
+    model.train()
+    model.loss(tokens)
+    model.after_step()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.eval()(tokens), model.eval()(tokens))
+    redraw(twin)
+    assert not torch.equal(twin(tokens), model(tokens))
+
+
+def test_weights_survive_a_round_trip_through_the_meta_device(model, tokens):
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(twin.eval()(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_config_survives_a_round_trip(name):
+    _, Config = MODELS[name]
+    config = replace(Config(), **Config.small, vocab_size=321)
+    assert Config(**asdict(config)) == config
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_may_be_untied(name, tokens):
+    model = tiny_model(name, tie_embeddings=False)
+    assert model(tokens).isfinite().all()
+    assert model.lm_head.weight.shape == (VOCABULARY, model.config.d_model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_can_learn_one_batch_by_heart(name):
+    Model, Config = MODELS[name]
+    torch.manual_seed(0)
+    # a tied head begins by repeating the token it has just read, which takes long to unlearn
+    sizes = {**Config.small, "vocab_size": 31, "n_layers": 2, "max_seq_len": 16, "tie_embeddings": False}
+    model = Model(Config(**sizes))
+    batch = torch.randint(31, (4, 17), generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        model.loss(batch)[0].backward()
+        optimizer.step()
+        model.after_step()
+    assert model.eval().loss(batch)[1]["ce"] < 0.3
