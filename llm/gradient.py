@@ -1,0 +1,98 @@
+"""The gradient of one optimiser step: the mean over its windows, computed in micro-batches on all ranks."""
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llm.config import TrainConfig
+from llm.device import Machine
+from llm.distributed import Ranks
+from llm.evaluate import draw_seed
+from llm.models.transformer import Transformer
+
+
+def share_out(config: TrainConfig, max_seq_len: int, world_size: int) -> tuple[int, int]:
+    """(windows in a step, windows in a micro-batch): the same step on any number of ranks.
+
+    Raises ValueError where the sizes do not divide each other.
+    """
+    windows, rest = divmod(config.tokens_per_step, max_seq_len)
+    if rest:
+        raise ValueError(
+            f"tokens_per_step = {config.tokens_per_step} is no multiple of max_seq_len = {max_seq_len}: "
+            f"choose {max(windows, 1) * max_seq_len} (--tokens-per-step) or another --model.max-seq-len"
+        )
+    if windows % world_size:
+        raise ValueError(
+            f"a step of {windows} windows cannot be shared by {world_size} ranks: choose "
+            f"{math.ceil(windows / world_size) * world_size * max_seq_len} tokens (--tokens-per-step)"
+        )
+    micro_batch_size = min(config.micro_batch_size, windows // world_size)
+    if windows % (world_size * micro_batch_size):
+        raise ValueError(
+            f"micro_batch_size = {config.micro_batch_size} does not divide the {windows // world_size} windows of "
+            f"a rank in a step: choose a divisor of it (--micro-batch-size)"
+        )
+    return windows, micro_batch_size
+
+
+class Objective(nn.Module):
+    """`model.loss` as a module, because DDP averages gradients for what its `forward` computed.
+
+    Compiled on request; where compiling fails and was not insisted on, the first call says why and goes on eagerly.
+    """
+
+    def __init__(self, model: Transformer, compiles: bool, insist: bool):
+        super().__init__()
+        self.model, self.loss = model, model.loss
+        self.to_compile, self.may_fall_back = compiles, compiles and not insist
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            if self.to_compile:
+                self.loss = torch.compile(self.model.loss)
+            result = self.loss(tokens)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not self.may_fall_back:
+                raise
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            print(f"not compiled: {type(error).__name__}: {reason[:200]}", flush=True)
+            self.loss = self.model.loss
+            result = self.loss(tokens)
+        self.to_compile = self.may_fall_back = False
+        return result
+
+
+def make_objective(model: Transformer, config: TrainConfig, machine: Machine, ranks: Ranks) -> nn.Module:
+    """The objective of this rank; with several ranks, its gradients are averaged over them."""
+    objective = Objective(model, machine.compile, config.compile == "on")
+    return DistributedDataParallel(objective) if ranks.world_size > 1 else objective
+
+
+def compute_gradient(
+    objective: nn.Module,
+    micro_batches: list[tuple[int, Tensor]],
+    place: tuple[int, int],
+    machine: Machine,
+) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss to the parameters; returns the means of the loss's parts over this rank.
+
+    `micro_batches`: (index in the global batch, windows). `place` is (seed, step): with the index it seeds what a
+    random objective draws, whichever rank computes it. Gradients travel between ranks once, with the last micro-batch.
+    """
+    share = 1 / len(micro_batches)
+    means = {}
+    for number, (index, tokens) in enumerate(micro_batches, 1):
+        torch.manual_seed(draw_seed(*place, index))
+        more_to_come = number < len(micro_batches) and isinstance(objective, DistributedDataParallel)
+        with objective.no_sync() if more_to_come else contextlib.nullcontext():
+            with machine.autocast():
+                loss, parts = objective(tokens)
+            (loss * share).backward()
+        means = {name: means.get(name, 0) + part * share for name, part in parts.items()}
+    return means

@@ -1,0 +1,191 @@
+"""The training loop: the only one, for every model.
+
+For each step: take the windows of this step, compute the mean loss and its gradient in micro-batches, clip, update.
+Data and randomness are functions of (seed, step), so a run that was stopped goes on as if it had not been.
+"""
+
+import contextlib
+import math
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llm.checkpoint import find_checkpoints
+from llm.config import ModelConfig, TrainConfig
+from llm.data import Data, step_batches
+from llm.device import find_machine, keep_freed_memory
+from llm.distributed import Ranks
+from llm.evaluate import EvalSet, evaluate
+from llm.gradient import compute_gradient, make_objective, share_out
+from llm.journal import Journal
+from llm.models.transformer import Transformer
+from llm.optim import learning_rate, make_optimizer
+from llm.resume import begin, run_record
+
+
+def train(Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data) -> Path:
+    """Train `Model` on `data`; returns the run directory, which holds all that came of it.
+
+    Raises ValueError for settings that cannot work, before any work; FloatingPointError where the loss or a gradient is
+    not finite; SystemExit with 128 + the signal's number after a stop that was asked for.
+    """
+    training = Training(Model, model_config, config, data)
+    if training.progress.step < training.config.steps:
+        with stop_signals() as stop:
+            training.run(stop)
+    elif training.ranks.is_first:
+        print(
+            f"already finished: step {training.progress.step} of {training.config.steps} (to train longer: --resume "
+            f"PATH with more --steps and another --out; to start anew: --resume never)"
+        )
+    return training.config.out
+
+
+def default_out(model_name: str, data: Path) -> Path:
+    """runs/baseline for TinyStories, runs/baseline-sample for data/sample: other text is another run."""
+    return Path("runs") / (model_name if data.name == "tinystories" else f"{model_name}-{data.name}")
+
+
+class Training:
+    """A model, its optimiser and its data, brought to the step from which the run goes on."""
+
+    def __init__(self, Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data):
+        self.data, self.ranks = data, Ranks.current()
+        self.machine = find_machine(config, self.ranks.local_rank)
+        if self.machine.device.type == "cpu":
+            keep_freed_memory()
+        self.windows, self.micro_batch_size = share_out(config, model_config.max_seq_len, self.ranks.world_size)
+        self.record = run_record(Model, model_config, config, data)
+        self.config = replace(config, out=config.out or default_out(self.record["model_name"], data.folder))
+        self.eval_set = EvalSet.of(data, model_config.max_seq_len, config.eval_windows)
+        torch.manual_seed(config.seed)
+        self.model = Model(model_config).to(self.machine.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.progress = begin(self.model, self.optimizer, self.config, self.record, self.ranks)
+
+    def run(self, stop: "Stop") -> None:
+        """Train to the last step, or until a stop is asked for."""
+        config, progress, first = self.config, self.progress, self.ranks.is_first
+        self.objective = make_objective(self.model, config, self.machine, self.ranks)
+        self.journal = Journal(self) if first else None
+        exit_code = 1
+        try:
+            if progress.step == 0:
+                self.evaluate()
+            for micro_batches in self.batches():
+                report, lr = self.update(micro_batches, stop)
+                if first:
+                    self.journal.tick(report, lr)
+                last, stopping = progress.step == config.steps, report["stop"] > 0
+                best = (last or progress.step % config.eval_every == 0) and self.evaluate()
+                if first and (best or last or stopping or progress.step % config.save_every == 0):
+                    self.journal.save(best)
+                if stopping and not last:
+                    raise SystemExit(self.explain_stop(stop))
+            if first:
+                self.journal.conclude()
+            exit_code = 0
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"out of memory, with {(self.machine.peak_memory() or 0) / 2**30:.1f} GiB in use at most: lower "
+                f"--micro-batch-size (now {self.micro_batch_size} windows; the result stays the same). {error}"
+            ) from error
+        finally:
+            if first:
+                self.journal.close(exit_code)
+
+    def batches(self) -> Iterator[list[tuple[int, Tensor]]]:
+        """The micro-batches of this rank, one list for each step that is left."""
+        return step_batches(
+            self.data.train,
+            seq_len=self.model.config.max_seq_len,
+            micro_batch_size=self.micro_batch_size,
+            windows_per_step=self.windows,
+            seed=self.config.seed,
+            first_step=self.progress.step,
+            last_step=self.config.steps,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            device=self.machine.device,
+        )
+
+    def update(self, micro_batches: list[tuple[int, Tensor]], stop: "Stop") -> tuple[dict[str, float], float]:
+        """One optimiser step; returns the parts of the loss, the gradient's norm and whether any rank was asked to
+        stop, averaged over ranks, and the learning rate. Reads from the device once."""
+        step = self.progress.step + 1
+        lr = learning_rate(step, self.config)
+        parts = compute_gradient(self.objective, micro_batches, (self.config.seed, step), self.machine)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        values = torch.stack([norm, norm.new_tensor(float(stop.asked_by != 0)), *parts.values()])
+        report = dict(zip(["grad_norm", "stop", *parts], self.ranks.average(values).tolist(), strict=True))
+        if not all(map(math.isfinite, report.values())):
+            raise FloatingPointError(
+                f"step {step}: loss {report['ce']}, gradient norm {report['grad_norm']} at learning rate {lr:.3g}; the "
+                f"weights were not updated. Last good step: {self.last_saved()}. Try a lower --max-lr, a longer "
+                f"--warmup-steps, or --precision fp32"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.after_step()
+        self.progress.step = step
+        return report, lr
+
+    def evaluate(self) -> bool:
+        """Evaluate on every rank and write it down; says whether it is the lowest eval loss so far."""
+        result = evaluate(
+            self.model, self.eval_set, self.micro_batch_size, self.machine, self.ranks, seed=self.config.seed
+        )
+        best = result["eval_loss"] < self.progress.best_eval_loss
+        if best:
+            self.progress.best_eval_loss = result["eval_loss"]
+        if self.ranks.is_first:
+            self.journal.evaluated(result)
+        return best
+
+    def last_saved(self) -> str:
+        """The newest checkpoint, for messages."""
+        saved = find_checkpoints(self.config.out / "checkpoints")
+        return str(saved[-1]) if saved else "none was saved"
+
+    def explain_stop(self, stop: "Stop") -> int:
+        """Say that all is saved and how to go on; returns the exit status."""
+        if self.ranks.is_first:
+            but = "" if self.config.resume == "auto" else " with --resume auto"
+            tqdm.write(
+                f"stopped after step {self.progress.step} of {self.config.steps}, saved in {self.last_saved()}\n"
+                f"to go on, give the same command again{but}"
+            )
+        return 128 + (stop.asked_by or signal.SIGTERM)
+
+
+@dataclass
+class Stop:
+    """Which signal asked the run to stop; 0 while none has."""
+
+    asked_by: int = 0
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Within this block, Ctrl-C and SIGTERM ask for a stop after the current step; a second Ctrl-C leaves at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: object) -> None:
+        if stop.asked_by and number == signal.SIGINT:
+            os._exit(128 + number)
+        stop.asked_by = number
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,148 @@
+"""Sampling, and texts of different lengths written together."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+
+from llm.generate import Sampler, compile_decoding, generate_tokens, greedy, write
+from llm.models import MODELS
+from llm.modules.cache import STEP
+from llm.tokenization import train_bpe
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
+
+
+def draws(n=4000, **settings) -> torch.Tensor:
+    sampler = Sampler((torch.Generator().manual_seed(0),) * n, **settings)
+    return sampler(LOGITS.expand(n, -1)).bincount(minlength=5) / n
+
+
+def test_without_reshaping_tokens_come_with_their_probability():
+    torch.testing.assert_close(draws(), LOGITS[0].softmax(-1), atol=0.03, rtol=0)
+
+
+def test_temperature_sharpens_and_zero_takes_the_likeliest():
+    torch.testing.assert_close(draws(temperature=0.5), (2 * LOGITS[0]).softmax(-1), atol=0.03, rtol=0)
+    assert draws(temperature=0).tolist() == [1, 0, 0, 0, 0]
+
+
+def test_top_k_keeps_k_tokens():
+    kept = draws(top_k=2)
+    torch.testing.assert_close(kept[:2], LOGITS[0, :2].softmax(-1), atol=0.03, rtol=0)
+    assert not kept[2:].any()
+
+
+@settings(deadline=None)  # a busy machine is not a mistake
+@given(st.floats(0.01, 1.0))
+def test_top_p_keeps_the_fewest_tokens_that_reach_p(p):
+    kept = draws(n=300, top_p=p) > 0
+    needed = int((LOGITS[0].softmax(-1).cumsum(-1) < p).sum()) + 1
+    assert not kept[needed:].any()
+    assert kept[0]
+
+
+def test_the_seed_decides_what_is_drawn():
+    def draw(seed):
+        generators = tuple(torch.Generator().manual_seed(seed + row) for row in range(8))
+        return Sampler(generators)(LOGITS.expand(8, -1)).tolist()
+
+    assert draw(3) == draw(3)
+    assert any(draw(3) != draw(seed) for seed in range(4, 8))
+
+
+def test_prompts_of_different_lengths_get_what_each_gets_alone():
+    model = tiny_model("baseline")
+    prompts = [[5], [7, 8, 9, 10, 11], [1, 2, 3]]
+    together = list(generate_tokens(model, prompts, 15, greedy, stop=0))
+    for row, prompt in enumerate(prompts):
+        alone = [step[0] for step in generate_tokens(model, [prompt], 15, greedy, stop=0)]
+        assert [step[row] for step in together][: len(alone)] == alone
+
+
+def test_a_text_ends_at_the_stop_token_and_the_others_go_on():
+    class Scripted:
+        config = tiny_model("baseline").config
+        tok_embed = torch.nn.Embedding(1, 1)
+
+        def generate(self, tokens, max_new_tokens, sampler, padding):
+            yield from (torch.tensor(step) for step in ([4, 5], [0, 6], [7, 0], [8, 9]))
+
+    steps = list(generate_tokens(Scripted(), [[1], [1]], 10, greedy, stop=0))
+    assert steps == [[4, 5], [0, 6], [None, 0]]
+
+
+def test_a_prompt_that_fills_the_context_is_refused():
+    model = tiny_model("baseline")
+    with pytest.raises(ValueError, match=r"64 tokens.*max_seq_len = 64.*shorten"):
+        list(generate_tokens(model, [[1] * 64], 1, greedy, stop=0))
+
+
+def test_streamed_pieces_add_up_to_the_text_even_where_a_character_takes_several_tokens():
+    tokenizer = train_bpe(["a b c"], 257)
+    text = "é 🙂 a"
+
+    class Scripted:
+        config = tiny_model("baseline").config
+        tok_embed = torch.nn.Embedding(1, 1)
+
+        def generate(self, tokens, max_new_tokens, sampler, padding):
+            yield from (torch.tensor([token]) for token in tokenizer.encode(text).ids)
+
+    pieces = []
+    (whole,) = write(Scripted(), tokenizer, ["b"], 10, on_text=lambda row, piece: pieces.append(piece))
+    assert whole == "b" + text
+    assert "".join(pieces) == text
+    assert pieces[0] == "é"
+
+
+LONG = {"n_layers": 2, "max_seq_len": 2 * STEP + 20}
+
+
+def long_text(model, n_tokens=STEP + 12, prompt=STEP - 8):
+    """Three prompts that reach the first number of slots while they are continued, greedily, and all logits."""
+    tokens = torch.randint(model.config.vocab_size, (3, prompt), generator=torch.Generator().manual_seed(1))
+    logits = []
+
+    def sampler(step):
+        logits.append(step.clone())
+        return greedy(step)
+
+    steps = model.generate(tokens, n_tokens, sampler, padding=torch.tensor([0, 5, 60]))
+    return tokens, torch.stack(list(steps), 1), torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("name", ["baseline", "sliding_window", "streaming", "latent", "relative_position"])
+def test_a_text_that_outgrows_its_cache_goes_on_as_if_recomputed(name):
+    window = {"window_size": STEP + 40} if name in ("sliding_window", "streaming") else {}  # the ring grows, then turns
+    model = tiny_model(name, **LONG, **window)
+    tokens, new, logits = long_text(model)
+    assert tokens.shape[1] + new.shape[1] > 2 * STEP  # it grows twice
+    for row, n in enumerate((0, 5, 60)):
+        text = torch.cat([tokens[row, n:], new[row, :-1]])[None]
+        whole = model(text)[0, tokens.shape[1] - n - 1 :]
+        torch.testing.assert_close(logits[row], whole, rtol=0, atol=1e-5)
+
+
+def equal_when_compiled(name, compile_step):
+    model = tiny_model(name, **LONG).float()
+    _, tokens, logits = long_text(model)
+    compile_step(model)
+    _, compiled_tokens, compiled_logits = long_text(model)
+    torch.testing.assert_close(compiled_logits, logits, rtol=0, atol=1e-5)
+    assert torch.equal(compiled_tokens, tokens)
+
+
+def test_compiled_decoding_writes_the_same_and_compiles_once_more_when_the_cache_grows():
+    counters["stats"].clear()
+    equal_when_compiled("baseline", compile_decoding)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_writes_the_same_when_its_step_is_compiled(name):
+    torch.compiler.reset()
+    equal_when_compiled(name, compile_decoding)

@@ -1,0 +1,80 @@
+"""What each optimiser does to which parameter, and that a run with Muon goes on exactly."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from training import evaluations, losses, same_weights, train_baseline, write_corpus
+
+from llm.checkpoint import find_checkpoints
+from llm.config import TrainConfig
+from llm.models import MODELS
+from llm.optim import make_optimizer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_muon_takes_the_matrices_of_the_blocks_and_every_parameter_has_one_optimiser(name):
+    model = tiny_model(name)
+    optimizer = make_optimizer(model, TrainConfig(optimizer="muon"))
+    muon = [p for group in optimizer.parts["muon"].param_groups for p in group["params"]]
+    adamw = [p for group in optimizer.parts["adamw"].param_groups for p in group["params"]]
+    assert sorted(map(id, muon + adamw)) == sorted(map(id, model.parameters()))
+    owner = dict.fromkeys(map(id, muon), "muon") | dict.fromkeys(map(id, adamw), "adamw")
+    assert owner[id(model.tok_embed.weight)] == "adamw"
+    projections = [p for n, p in model.blocks.named_parameters() if n.endswith("o_proj.weight")]
+    assert projections
+    assert {owner[id(p)] for p in projections} == {"muon"}
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (16, 64), (64, 16)])
+def test_a_step_of_muon_is_the_orthogonal_factor_of_the_gradient(shape):
+    """Against the singular value decomposition: Newton-Schulz brings each singular value near 1, not onto it."""
+    model = torch.nn.Module()
+    model.blocks = torch.nn.Linear(shape[1], shape[0], bias=False)
+    before = model.blocks.weight.detach().clone()
+    optimizer = make_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.0, max_lr=0.1))
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    model.blocks.weight.grad = gradient.clone()
+    optimizer.step()
+    step = (before - model.blocks.weight.detach()) / (0.1 * 0.2 * max(shape) ** 0.5)
+    u, _, vt = torch.linalg.svd(gradient, full_matrices=False)
+    mixed = u.T @ step @ vt.T
+    assert mixed.diagonal().min() > 0.5
+    assert mixed.diagonal().max() < 1.3
+    assert (mixed - mixed.diagonal().diag()).abs().max() < 0.03
+
+
+def test_both_optimisers_decay_and_take_the_rate_of_the_schedule():
+    model = tiny_model("baseline")
+    optimizer = make_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    optimizer.step()
+    for parameter in model.parameters():
+        torch.testing.assert_close(parameter.mean().item(), 0.95 if parameter.dim() == 2 else 1.0)
+
+
+def test_a_run_with_muon_learns_and_goes_on_to_the_last_bit(data, tmp_path):
+    straight = train_baseline(data, tmp_path / "straight", "--optimizer", "muon")
+    curve = evaluations(straight)
+    assert curve[20]["eval_loss"] < curve[0]["eval_loss"] - 0.1
+    half = find_checkpoints(straight / "checkpoints")[0]
+    resumed = train_baseline(data, tmp_path / "resumed", "--optimizer", "muon", "--resume", half)
+    assert same_weights(straight, resumed)
+    assert losses(resumed)[20] == losses(straight)[20]
+
+
+@pytest.mark.parametrize(("saved", "given"), [("adamw", "muon"), ("muon", "adamw")])
+def test_the_state_of_another_optimiser_is_refused(data, tmp_path, capsys, saved, given):
+    first = train_baseline(data, tmp_path / "first", "--optimizer", saved, "--steps", 5)
+    for flags in (("--out", first), ("--resume", find_checkpoints(first / "checkpoints")[-1])):
+        with pytest.raises(SystemExit):
+            train_baseline(data, tmp_path / "other", "--optimizer", given, "--steps", 5, *flags)
+        assert "optimizer" in capsys.readouterr().err
