@@ -1,0 +1,109 @@
+"""Trained models out: a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` open.
+
+    export_pretrained(model, "out/", tokenizer="data/tinystories/tokenizer-bpe.json")
+
+The rows and fields of the model's name table (llm/name_table.py) run backwards; the folder appears whole or not at all.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, processors
+
+from llm.hub_folder import CONFIG, INDEX, TOKENIZER, WEIGHTS
+from llm.models import MODELS
+from llm.models.transformer import Transformer
+from llm.name_table import PretrainedError, Published, parts, plan, write_config
+from llm.stories import END_OF_TEXT
+from llm.tokenization import load_tokenizer
+
+SHARD_BYTES = 5_000_000_000
+
+
+def export_pretrained(
+    model: Transformer, out: str | Path, tokenizer: Tokenizer | str | Path | None = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Write `out`, a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` open; all or nothing.
+
+    Raises PretrainedError where no class of transformers computes what the model does, and where `out` holds something.
+    """
+    out, published = Path(out), getattr(type(model), "published", None)
+    if published is None:
+        able = ", ".join(name for name, (Model, _) in MODELS.items() if hasattr(Model, "published"))
+        raise PretrainedError(
+            f"no class of transformers can hold a {type(model).__name__}; the models that can be exported are {able}"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PretrainedError(f"{out} exists and is not an empty folder: remove it or choose another")
+    config = write_config(published, model.config) | {"dtype": str(model.tok_embed.weight.dtype).removeprefix("torch.")}
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(tokenizer)
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_tokenizer(temporary, tokenizer, config, model.config.max_seq_len)
+        write_weights(temporary, model, published, shard_bytes)
+        if out.exists():
+            out.rmdir()
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        raise PretrainedError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str, Any], max_seq_len: int) -> None:
+    """Write config.json and, from the tokenizer, which ids begin and end a text: none where there is no tokenizer.
+
+    A model here has seen `<|endoftext|>` before each text, so the exported tokenizer puts it there.
+    """
+    end = None if tokenizer is None else tokenizer.token_to_id(END_OF_TEXT)
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    write_json(folder / CONFIG, config | special)
+    write_json(folder / "generation_config.json", special)
+    if tokenizer is None:
+        return
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    if tokenizer.post_processor is None and end is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, end)]
+        )
+    tokenizer.save(str(folder / TOKENIZER))
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), None if end is None else END_OF_TEXT)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len}
+    write_json(folder / "tokenizer_config.json", settings | names | {"clean_up_tokenization_spaces": False})
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def write_weights(folder: Path, model: Transformer, published: Published, shard_bytes: int) -> None:
+    """Run the rows backwards, into one file or into several of about `shard_bytes` with an index."""
+    tensors, shards, total = model.state_dict(), [{}], 0
+    for step in plan(published.names, tensors):
+        ours = step.operation.save([part.cpu() for part in parts(tensors, step)])
+        for name, tensor in zip(step.theirs, ours, strict=True):
+            if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > shard_bytes:
+                shards.append({})
+            shards[-1][name] = tensor.contiguous()
+            total += tensor.nbytes
+    names = [WEIGHTS] if len(shards) == 1 else [shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
