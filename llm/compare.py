@@ -1,0 +1,200 @@
+"""Runs side by side: a Markdown table of what each model cost and reached, and their curves in one picture.
+
+    python -m llm.compare runs/ladder/* --out runs/ladder
+
+Runs of one model that differ in the seed share a row: their mean and standard deviation. Only runs on the same data,
+with the same tokens and the same context are compared; others are refused by name.
+"""
+
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from llm.run_directory import RunDirectoryError, existing_config, read_metrics, write_atomically
+
+COLUMNS = (
+    "model",
+    "seeds",
+    "parameters (active)",
+    "MFLOPs / token",
+    "eval loss",
+    "bits / byte",
+    "tokens / s",
+    "memory, MiB",
+    "cache, B / token",
+)
+SAME = ("steps", "tokens_per_step", "eval_windows")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run: its config.json and its metrics, split into logged steps and evaluations."""
+
+    name: str
+    config: dict
+    steps: list[dict]
+    evaluations: list[dict]
+
+    @property
+    def last(self) -> dict:
+        """The evaluation after the last step."""
+        return self.evaluations[-1]
+
+    @property
+    def setting(self) -> dict:
+        """What has to be equal for a comparison to be fair."""
+        same = {name: self.config["train"][name] for name in SAME}
+        data = self.config["data"]
+        return same | {
+            "tokenizer": data["tokenizer_sha256"][:12],
+            "training text": data["train_sha256"][:12],
+            "max_seq_len": self.config["model"]["max_seq_len"],
+            "precision": self.config["precision"],
+            "device": self.config["device"],
+        }
+
+
+def read_run(path: Path) -> Result:
+    """Raises RunDirectoryError where the run is none, or has not come to its last step."""
+    config = existing_config(path)
+    metrics = read_metrics(path / "metrics.jsonl")
+    evaluations = [line for line in metrics if line.get("eval_loss") is not None]
+    if config is None or not evaluations:
+        raise RunDirectoryError(f"{path} is no run directory with an evaluation: name folders that training wrote")
+    if evaluations[-1]["step"] < config["train"]["steps"]:
+        raise RunDirectoryError(
+            f"{path} stopped at step {evaluations[-1]['step']} of {config['train']['steps']}: finish it first, with "
+            f"the command that began it"
+        )
+    optimizer = config["train"].get("optimizer", "adamw")
+    name = config["model_name"] + (f", {optimizer}" if optimizer != "adamw" else "")
+    return Result(name, config, [line for line in metrics if "loss" in line], evaluations)
+
+
+def check_fair(results: list[Result]) -> None:
+    """Raises ValueError, naming what differs, where runs cannot be compared."""
+    first = results[0]
+    for other in results[1:]:
+        different = {k: (v, other.setting[k]) for k, v in first.setting.items() if v != other.setting[k]}
+        if different:
+            lines = "; ".join(f"{name}: {one} and {two}" for name, (one, two) in different.items())
+            raise ValueError(f"{first.name} and {other.name} were not trained alike: {lines}")
+
+
+def table(results: list[Result]) -> str:
+    """A Markdown table with one row a model, in the order given."""
+    rows = defaultdict(list)
+    for result in results:
+        rows[result.name].append(result)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(cells(name, seeds)) + " |" for name, seeds in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def cells(name: str, seeds: list[Result]) -> list[str]:
+    """The cells of one row."""
+    costs = seeds[0].config["costs"]
+    total, active = costs["parameters"], costs["active_parameters"]
+    speeds = [line["tokens_per_second"] for run in seeds for line in run.steps]
+    memory = [run.last["peak_memory_bytes"] for run in seeds if run.last.get("peak_memory_bytes")]
+    return [
+        name,
+        str(len(seeds)),
+        f"{total / 1e6:.2f} M" + (f" ({active / 1e6:.2f} M)" if active < total else ""),
+        f"{costs['flops_per_token'] / 1e6:.2f}",
+        spread([run.last["eval_loss"] for run in seeds]),
+        spread([run.last["eval_bits_per_byte"] for run in seeds]),
+        f"{statistics.median(speeds):,.0f}" if speeds else "",
+        f"{max(memory) / 2**20:,.0f}" if memory else "",
+        f"{costs['cache_bytes_per_token']:,.0f}",
+    ]
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and the standard deviation where there are several values."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
+IN_A_PANEL = 9  # as many curves as the eye can tell apart
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """The eval loss of every run against the tokens it was trained on, a few models to a panel in the order given; the
+    first model, the reference, is black in each."""
+    import io
+    import math
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = defaultdict(list)
+    for result in results:
+        curves[result.name].append([(e["tokens"] / 1e6, e["eval_loss"]) for e in result.evaluations if e["tokens"]])
+    reference, *others = curves
+    n_panels = max(1, math.ceil(len(others) / IN_A_PANEL))
+    n_columns = min(3, n_panels)
+    n_rows = math.ceil(n_panels / n_columns)
+    figure, panels = pyplot.subplots(
+        n_rows, n_columns, figsize=(1 + 5 * n_columns, 4.5 * n_rows), sharey=True, squeeze=False, layout="constrained"
+    )
+    for number, panel in enumerate(panels.flat):
+        if number >= n_panels:
+            panel.remove()
+            continue
+        for colour, name in enumerate([reference, *others[number * IN_A_PANEL : (number + 1) * IN_A_PANEL]]):
+            style = {"color": f"C{colour - 1}"} if colour else {"color": "black", "linewidth": 2.2, "zorder": 3}
+            for seed, curve in enumerate(curves[name]):
+                panel.plot(*zip(*curve, strict=True), label=None if seed else name, **style)
+        panel.set_xlabel("training tokens, millions")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8, frameon=False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("eval loss, nats per token")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    pyplot.close(figure)
+    write_atomically(path, content.getvalue())
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compare finished runs: print a Markdown table, and write it with a picture of the curves."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories; the first model is the one that others are held to. What is no run directory is left out."""
+    out: Path = Path("runs")
+    """Folder for comparison.md and comparison.png."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    flags = tyro.cli(Arguments, args=arguments)
+    folders = [path for path in flags.runs if (path / "config.json").is_file()]
+    if not folders:
+        raise ValueError(f"none of {', '.join(map(str, flags.runs)) or 'nothing'} is a run directory")
+    compare([read_run(path) for path in folders], flags.out)
+
+
+def compare(results: list[Result], out: Path) -> None:
+    """Print the table, write it and the picture to `out`. Raises ValueError for runs that were not trained alike."""
+    check_fair(results)
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(results)
+    write_atomically(out / "comparison.md", text.encode())
+    draw(results, out / "comparison.png")
+    print(f"{text}\nwritten to {out / 'comparison.md'}, curves in {out / 'comparison.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RunDirectoryError) as error:
+        sys.exit(f"error: {error}")

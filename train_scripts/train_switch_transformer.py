@@ -1,0 +1,17 @@
+"""Train `switch_transformer` (llm/models/switch_transformer.py); `--help` names every flag."""
+
+from llm.data import open_tokens
+from llm.flags import command, parse_arguments
+from llm.models.switch_transformer import SwitchTransformer, SwitchTransformerConfig
+from llm.train import train
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse_arguments(SwitchTransformerConfig, arguments)
+    data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
+    train(SwitchTransformer, settings.model_for(data), settings.train, data)
+
+
+if __name__ == "__main__":
+    main()
