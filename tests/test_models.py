@@ -111,9 +111,12 @@ def test_it_can_learn_one_batch_by_heart(name):
     model = Model(Config(**sizes))
     batch = torch.randint(31, (4, 17), generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    # decays to 0: at a constant rate a token that changes its expert at the end may cost a tenth of a nat
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=80)
     for _ in range(80):
         optimizer.zero_grad()
         model.loss(batch)[0].backward()
         optimizer.step()
         model.after_step()
-    assert model.eval().loss(batch)[1]["ce"] < 0.3
+        schedule.step()
+    assert model.eval().loss(batch)[1]["ce"] < 0.1
