@@ -18,6 +18,7 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
@@ -99,6 +100,9 @@ def check_kernels(capability: tuple[int, int], built_for: list[str]) -> None:
 
     Code for sm_XY runs on the same major version and a minor of at least Y; compute_XY is translated for any later GPU.
     """
+    built_for = [name for name in built_for if name.startswith(("sm_", "compute_"))]  # AMD's are called gfx90a, ..
+    if not built_for:
+        return
     for name in built_for:
         kind, _, number = name.partition("_")
         version = int("".join(filter(str.isdigit, number)))
@@ -119,6 +123,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
     return False
+
+
+def not_compiled(error: Exception) -> str:
+    """One line on why torch.compile failed: what its backend raised, without the pages that follow."""
+    error = getattr(error, "inner_exception", error)
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"not compiled: {type(error).__name__}: {reason[:200]}"
 
 
 def keep_freed_memory() -> bool:

@@ -10,7 +10,7 @@ Generation, arXiv 1805.04833) and top-p (The Curious Case of Neural Text Degener
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,11 +21,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from llm.checkpoint import CheckpointError, find_checkpoints, load_model_weights, newest_good, verify_checkpoint
-from llm.device import find_device
+from llm.device import find_device, not_compiled
+from llm.hub_folder import is_hub_folder, load_hub_tokenizer, stop_tokens
 from llm.models import MODELS
 from llm.models.transformer import Transformer
 from llm.modules.cache import Cache
-from llm.pretrained import is_hub_folder, load_hub_tokenizer, load_pretrained, stop_tokens
+from llm.pretrained import load_pretrained
 from llm.tokenization import END_OF_TEXT, load_tokenizer
 
 
@@ -58,8 +59,8 @@ class Sampler:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token of each row: (B, V) -> (B,)."""
-    return logits.argmax(-1)
+    """The likeliest token of each row: (B, V) -> (B,). In fp32: bf16 is compared five times as slowly on a CPU."""
+    return logits.float().argmax(-1)
 
 
 def generate_tokens(
@@ -103,9 +104,9 @@ def write(
 
     `on_text(row, text)` is called with each new piece of text as soon as its characters are complete, `on_full()` at
     the end where max_seq_len cut a text short. `stop` are the tokens that end a text: `<|endoftext|>` where none is
-    given.
+    given and the tokenizer has it.
     """
-    stop = set(stop or (tokenizer.token_to_id(END_OF_TEXT),))
+    stop = set(stop or end_of_text(tokenizer))
     beginnings = [begin(tokenizer, prompt) for prompt in prompts]
     tokens = [list(beginning) for beginning in beginnings]
     known = [tokenizer.decode(beginning) for beginning in beginnings]  # some decoders change the first character
@@ -129,41 +130,74 @@ def write(
 
 def begin(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The tokens of a document that begins with `prompt`: after `<|endoftext|>`, as training has it, or as a tokenizer
-    says that brings a rule of its own, as published ones do. Raises ValueError where that is nothing at all."""
+    says that brings a rule of its own, as those of hub folders do. Raises ValueError where that is nothing at all."""
     ids = tokenizer.encode(prompt).ids
     if tokenizer.post_processor is None:
-        ids = [tokenizer.token_to_id(END_OF_TEXT), *ids]
+        ids = end_of_text(tokenizer) + ids
     if not ids:
         raise ValueError("the prompt is empty, and this tokenizer puts nothing before a text: give a --prompt")
     return ids
 
 
-def compile_decoding(model: Transformer) -> None:
-    """Compile the step that `model.generate` repeats.
+def end_of_text(tokenizer: Tokenizer) -> list[int]:
+    """`<|endoftext|>`, or nothing where a tokenizer has no such token."""
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    return [] if token is None else [token]
+
+
+def compile_decoding(model: Transformer, insist: bool = True) -> None:
+    """Compile the step that `model.generate` repeats; where that fails and is not insisted on, the first step says why
+    and goes on eagerly.
 
     The first new token then waits for the compiler, and once more the first that makes the cache grow: from there on
-    torch leaves the number of slots open. On CUDA the step is recorded and replayed as one graph, which spares the
-    launch of each kernel. A graph writes where it wrote when it was recorded: hence the fixed addresses.
+    torch leaves the number of slots open.
     """
-    if model.tok_embed.weight.device.type != "cuda":
-        model.decode = torch.compile(model.decode)
-        return
-    replay = torch.compile(model.decode, mode="reduce-overhead")
+    eager = model.decode
 
-    def decode(tokens: Tensor, cache: Cache) -> Tensor:
+    def first(tokens: Tensor, cache: Cache) -> Tensor:
+        seen = cache.seen.clone()
+        try:
+            model.decode = compiled(eager, cuda=tokens.is_cuda)
+            return model.decode(tokens, cache)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if insist:
+                raise
+            print(not_compiled(error), file=sys.stderr)
+        model.decode = eager
+        cache.seen.copy_(seen)  # whatever the step had done already, it is done again
+        return eager(tokens, cache)
+
+    model.decode = first
+
+
+def compiled(decode: Callable[[Tensor, Cache], Tensor], cuda: bool) -> Callable[[Tensor, Cache], Tensor]:
+    """The step as one compiled function. The weights must stay as they are from here on.
+
+    On CUDA the step is recorded and replayed as one graph, which spares the launch of each kernel. A graph writes
+    where it wrote when it was recorded: hence the fixed addresses."""
+    if not cuda:
+        from torch._inductor import config as inductor  # costs seconds
+
+        inductor.freezing = True  # weights are laid out once as the CPU's products want them: they must not change now
+        return torch.compile(decode, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+    replay = torch.compile(decode, mode="reduce-overhead")
+
+    def step(tokens: Tensor, cache: Cache) -> Tensor:
         for tensor in (cache.seen, *(tensor for layer in cache.layers for tensor in layer.values())):
             torch._dynamo.mark_static_address(tensor)
         torch.compiler.cudagraph_mark_step_begin()  # the last step's logits are not needed any more
         return replay(tokens, cache)
 
-    model.decode = decode
+    return step
 
 
 def load_run(path: Path, device: torch.device) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of a run directory (its newest good checkpoint), a checkpoint or a hub folder.
 
-    Raises CheckpointError where there is none, or where a file is not what was saved; PretrainedError for a hub folder
-    that cannot be read.
+    Raises CheckpointError where there is none, where a file is not what was saved, or where this code does not know the
+    model; PretrainedError for a hub folder that cannot be read.
     """
     if is_hub_folder(path):
         return load_pretrained(path, device=device), load_hub_tokenizer(path)
@@ -172,13 +206,25 @@ def load_run(path: Path, device: torch.device) -> tuple[Transformer, Tokenizer]:
     if checkpoint is None or not (checkpoint / "manifest.json").is_file():
         raise CheckpointError(f"{path} holds no complete checkpoint: name a run directory that training wrote")
     verify_checkpoint(checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    Model, Config = MODELS[config["model_name"]]
     with torch.device("meta"):
-        model = Model(Config(**config["model"]))
+        model = build_model(checkpoint)
     model.to_empty(device=device)
     load_model_weights(checkpoint, model)
     return model.eval(), load_tokenizer(checkpoint / "tokenizer-bpe.json")
+
+
+def build_model(checkpoint: Path) -> Transformer:
+    """The model of a checkpoint's config.json; raises CheckpointError for a name or a field that is not known here."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    name, settings = config["model_name"], config["model"]
+    advice = "use the version of this code that wrote it"
+    if name not in MODELS:
+        raise CheckpointError(f"{checkpoint} holds a {name!r}; known are {', '.join(MODELS)}: {advice}")
+    Model, Config = MODELS[name]
+    unknown = sorted(settings.keys() - {field.name for field in fields(Config)})
+    if unknown:
+        raise CheckpointError(f"{checkpoint} sets {', '.join(unknown)}, which a {name!r} does not have here: {advice}")
+    return Model(Config(**settings))
 
 
 @dataclass(frozen=True)
@@ -204,7 +250,8 @@ class Arguments:
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the step from one token to the next; auto: on CUDA only, since elsewhere it takes long to pay back."""
+    """Compile the step from one token to the next; auto: on CUDA only, since elsewhere it takes long to pay back, and
+    only if that works there."""
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -223,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = find_device(flags.device)
     model, tokenizer = load_run(flags.path, device)
     if flags.compile == "on" or (flags.compile == "auto" and device.type == "cuda"):
-        compile_decoding(model)
+        compile_decoding(model, insist=flags.compile == "on")
     prompts = [prompt for prompt in flags.prompt or ("Once upon a time",) for _ in range(flags.samples)]
     seeds = [torch.Generator(device).manual_seed(flags.seed + row) for row in range(len(prompts))]
     sampler = Sampler(tuple(seeds), flags.temperature, flags.top_k, flags.top_p)
@@ -254,3 +301,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)

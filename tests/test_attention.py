@@ -2,10 +2,13 @@
 transformers."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from conftest import redraw, tiny_model
+from torch._dynamo.testing import CompileCounter
 
 from llm.models.grouped_query import GroupedQueryConfig
 from llm.models.sparse import SparseConfig
@@ -17,7 +20,7 @@ from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.attention.query_blocks import blocked_attention, blocks_serve
 from llm.modules.attention.sinks import SinkAttention, explicit_sink_attention, fused_sink_attention
 from llm.modules.attention.soft_capping import SoftCappedAttention, soft_capped_attention
-from llm.modules.attention.streaming import StreamingAttention
+from llm.modules.attention.streaming import StreamingAttention, remember_first
 from llm.modules.cache import Cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -112,13 +115,18 @@ def test_blocks_of_queries_equal_the_equation(name, length, v_dim, scale):
     assert_same(ours, explicit, *((q, k, v) if length > 1 else (v,)))
 
 
-def test_blocks_of_queries_are_what_training_on_a_cpu_uses_and_gives_the_fused_result():
-    q, k, v = (x.detach().bfloat16().requires_grad_() for x in random_qkv(n_heads=6, n_kv_heads=3))
-    assert blocks_serve(q, masks.causal)
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("length", [T, 300])
+def test_blocks_of_queries_are_what_training_on_a_cpu_uses_and_gives_the_equation(name, length):
+    shape = {"n_heads": 6, "n_kv_heads": 3, "queries": length, "keys": length}
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in random_qkv(**shape))
+    assert blocks_serve(q, CUT[name])
     assert not blocks_serve(q, masks.everything)
-    ours = attention(q, k, v, POSITIONS, POSITIONS)
+    positions = torch.arange(length)
+    ours = attention(q, k, v, positions, positions, CUT[name])
     assert type(ours.grad_fn).__name__ == "QueryBlocksBackward"
-    exact = explicit_attention(q.double(), k.double(), v.double(), torch.ones(T, T, dtype=torch.bool).tril())
+    mask = masks.visibility(CUT[name], positions, positions)
+    exact = explicit_attention(q.double(), k.double(), v.double(), mask)
     gradients = [torch.autograd.grad(y.double().square().sum(), (q, k, v)) for y in (ours, exact)]
     for mine, reference in zip((ours, *gradients[0]), (exact, *gradients[1]), strict=True):
         assert (mine.double() - reference.double()).norm() < 0.02 * reference.double().norm()
@@ -309,6 +317,21 @@ def test_streaming_through_its_cache_equals_recomputing(parts, n_first):
     torch.testing.assert_close(step_by_step(layer, x, parts), layer(x, POSITIONS), rtol=0, atol=1e-10)
 
 
+def test_streaming_fills_its_slots_as_the_docstring_says():
+    layer, x = mixer(StreamingAttention, n_first=2, window_size=3)
+    cache, written, shown = Cache(torch.zeros(2, dtype=torch.int64), [layer.make_cache(2, 1000)]), [], []
+    for token in x[:, :7].split(1, 1):
+        *_, k_pos = remember_first(cache.layers[0], cache.positions(1), 2, k=token.view(2, 1, 6, 4))
+        written.append(cache.layers[0]["pos"][1].tolist())
+        shown.append(k_pos[1].tolist())
+        cache.seen += 1
+    rings = [[0, -1, -1], [0, 1, -1], [0, 1, 2], [3, 1, 2], [3, 4, 2], [3, 4, 5], [6, 4, 5]]
+    firsts = [[0, -1], *[[0, 1]] * 6]
+    assert written == [first + ring for first, ring in zip(firsts, rings, strict=True)]
+    hidden = [[-1 if p < 2 else p for p in ring] for ring in rings]
+    assert shown == [first + ring for first, ring in zip(firsts, hidden, strict=True)]
+
+
 @pytest.mark.parametrize("parts", [[1] * T, [T], [2, 1, 17, 1, 1, 18], [6, 30, 1, 3]])
 def test_streaming_keeps_the_first_tokens_after_the_padding_of_each_row(parts):
     layer, x = mixer(StreamingAttention, n_first=3, window_size=5)
@@ -477,6 +500,102 @@ def test_flex_attention_equals_the_mask(name, soft_cap):
     torch.testing.assert_close(flex, expected, rtol=0, atol=1e-5)
 
 
+# T = 500 is four blocks of 128: some that a block of queries sees in full, some in part, and some not at all
+LONG = {
+    "window": (masks.window(256), {"full", "partial", "skipped"}),
+    "big bird": (
+        big_bird(block_size=128, n_global=1, n_window=1, n_random=1, layer=1),
+        {"full", "partial", "skipped"},
+    ),
+    "strided": (masks.strided(6), {"partial", "skipped"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", LONG)
+def test_flex_attention_over_several_blocks_equals_the_mask_in_values_and_gradients(name, monkeypatch):
+    """Uncompiled: torch forbids gradients on a CPU, since its CPU kernel has none, but this form can compute them."""
+    from llm.modules.attention import flex
+
+    monkeypatch.setattr(flex.torch_flex, "_validate_device", lambda *_: None)
+    visible, _ = LONG[name]
+    positions = torch.arange(500)
+    q, k, v = random_qkv(6, 2, queries=500, keys=500, head_dim=16, v_dim=16, dtype=torch.float32)
+    expected = explicit_attention(q, k, v, masks.visibility(visible, positions, positions), 0.5)
+    assert_same(flex.flex_attention(q, k, v, visible, 0.5), expected, q, k, v, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_blocks_that_flex_attention_sees_in_full_in_part_or_not_at_all_make_up_the_mask(name):
+    from llm.modules.attention.flex import block_mask
+
+    visible, kinds = LONG[name]
+    positions, blocks = torch.arange(500), [slice(i, i + 128) for i in range(0, 500, 128)]
+    lists = block_mask(visible, 500, torch.device("cpu"))
+    for side in ("kv", "q"):  # for each block of queries those of keys, and the other way round for the backward pass
+        seen, found = torch.zeros(500, 500, dtype=torch.bool), {"full": 0, "partial": 0}
+        for kind, prefix in (("full", f"full_{side}"), ("partial", side)):
+            numbers, indices = getattr(lists, f"{prefix}_num_blocks")[0, 0], getattr(lists, f"{prefix}_indices")[0, 0]
+            for i, (number, others) in enumerate(zip(numbers.tolist(), indices.tolist(), strict=True)):
+                for j in others[:number]:
+                    q, k = (blocks[i], blocks[j]) if side == "kv" else (blocks[j], blocks[i])
+                    part = masks.visibility(visible, positions[q], positions[k])
+                    seen[q, k] = torch.ones_like(part) if kind == "full" else part
+                    found[kind] += 1
+        found["skipped"] = len(blocks) ** 2 - sum(found.values())
+        assert torch.equal(seen, masks.visibility(visible, positions, positions))
+        assert {kind for kind, number in found.items() if number} == kinds
+
+
+def test_flex_attention_compiles_a_kernel_for_each_of_many_masks_and_fails_rather_than_stop_compiling(monkeypatch):
+    """With a compiler that only counts: the limit is lifted in every thread, as checkpointing needs, and only here."""
+    from llm.modules.attention import flex
+
+    counter = CompileCounter()
+    compile = partial(torch.compile, backend=counter)
+    monkeypatch.setattr(flex.torch, "compile", compile)
+    monkeypatch.setattr(flex.torch_flex, "flex_attention", flex.compiled.__wrapped__())  # what CUDA would be given
+    q, k, v = (x.detach() for x in random_qkv(6, 2, head_dim=16, v_dim=16, dtype=torch.float32))
+    limit = torch._dynamo.config.recompile_limit
+    layers = [
+        big_bird(block_size=3, n_global=1, n_window=2, n_random=2, seed=5, layer=layer) for layer in range(limit + 4)
+    ]
+
+    def attend_to_all():
+        for visible in layers:
+            heads = flex.flex_attention(q, k, v, visible, 0.5)
+            mask = masks.visibility(visible, POSITIONS, POSITIONS)
+            torch.testing.assert_close(heads, explicit_attention(q, k, v, mask, 0.5), rtol=0, atol=1e-5)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(attend_to_all).result()
+    assert counter.frame_count == len(layers)
+    attend_to_all()
+    assert counter.frame_count == len(layers)
+    assert torch._dynamo.config.recompile_limit == limit
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        flex.torch_flex.flex_attention(q, k, v, None, flex.block_mask(masks.window(9), T, q.device), 0.5)
+
+
+def test_flex_attention_is_tried_with_shared_heads_where_heads_are_shared(monkeypatch):
+    from llm.modules.attention import flex
+
+    tried = []
+
+    def fails_when_shared(q, k, v, visible):
+        tried.append((q.shape, k.shape))
+        if q.shape[1] != k.shape[1]:
+            raise RuntimeError("out of shared memory")
+        return q + k + v
+
+    monkeypatch.setattr(flex, "flex_attention", fails_when_shared)
+    compiles = partial(flex.compiles.__wrapped__, torch.device("cpu"), torch.float32, 16)
+    assert compiles(shared=False)
+    with pytest.warns(UserWarning, match="masks are used instead: out of shared memory"):
+        assert not compiles(shared=True)
+    assert tried == [((1, 1, 128, 16), (1, 1, 128, 16)), ((1, 2, 128, 16), (1, 1, 128, 16))]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels need a CUDA device")
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("name", PATTERNS)
@@ -488,7 +607,7 @@ def test_flex_attention_on_cuda_equals_the_mask_in_values_and_gradients(name, he
         x.detach().cuda().requires_grad_()
         for x in random_qkv(6, 2, head_dim=head_dim, v_dim=head_dim, dtype=torch.float32)
     ]
-    assert flex_serves(q), "this GPU cannot compile FlexAttention: training falls back to masks"
+    assert flex_serves(q, k), "this GPU cannot compile FlexAttention: training falls back to masks"
     positions = POSITIONS.cuda()
     expected = explicit_attention(q, k, v, masks.visibility(visible, positions, positions))
     assert_same(attention(q, k, v, positions, positions, visible), expected, q, k, v, atol=2e-2)

@@ -57,6 +57,12 @@ def test_a_share_of_peak_is_given_only_where_the_peak_is_known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     assert Machine(torch.device("cuda"), bf16=True, compile=True).peak_flops == 756e12
     assert Machine(torch.device("cuda"), bf16=False, compile=True).peak_flops is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40")
+    assert Machine(torch.device("cuda"), bf16=True, compile=True).peak_flops == 181e12
+
+
+def test_gpus_of_another_maker_are_taken_as_they_are():
+    check_kernels((9, 4), ["gfx90a", "gfx942"])
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():

@@ -1,4 +1,8 @@
-"""Sampling, and texts of different lengths written together."""
+"""Sampling, texts of different lengths written together, and the command."""
+
+import json
+import runpy
+import sys
 
 import pytest
 import torch
@@ -7,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from llm.generate import Sampler, compile_decoding, generate_tokens, greedy, write
+from llm import generate
+from llm.checkpoint import CheckpointError
+from llm.generate import Sampler, build_model, compile_decoding, generate_tokens, greedy, write
 from llm.models import MODELS
 from llm.modules.cache import STEP
 from llm.tokenization import train_bpe
@@ -141,8 +147,67 @@ def test_compiled_decoding_writes_the_same_and_compiles_once_more_when_the_cache
     assert counters["stats"]["unique_graphs"] == 2
 
 
+def test_where_compiling_fails_the_text_is_written_eagerly_unless_it_was_insisted_on(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    equal_when_compiled("baseline", lambda model: compile_decoding(model, insist=False))
+    assert capsys.readouterr().err == "not compiled: RuntimeError: no compiler here\n"
+    with pytest.raises(RuntimeError, match="no compiler here"):
+        equal_when_compiled("baseline", compile_decoding)
+
+
+def test_a_step_that_fails_half_way_is_done_once(monkeypatch, capsys):
+    def compile_badly(decode, **options):
+        def step(tokens, cache):
+            decode(tokens, cache)
+            raise RuntimeError("the graph was not recorded")
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compile_badly)
+    equal_when_compiled("sliding_window", lambda model: compile_decoding(model, insist=False))
+    assert "the graph was not recorded" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_writes_the_same_when_its_step_is_compiled(name):
     torch.compiler.reset()
     equal_when_compiled(name, compile_decoding)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ({"model_name": "gone", "model": {}}, r"holds a 'gone'; known are .*baseline.*the version of this code"),
+        ({"model_name": "baseline", "model": {"d_model": 8, "n_wheels": 4}}, r"sets n_wheels, which a 'baseline' does"),
+    ],
+)
+def test_a_checkpoint_of_another_version_of_the_code_is_refused_by_name(tmp_path, saved, says):
+    (tmp_path / "config.json").write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=says):
+        build_model(tmp_path)
+
+
+def test_ctrl_c_while_a_story_streams_ends_it_quietly(monkeypatch, capsys):
+    tokenizer, model = train_bpe(["a b c"], 257), tiny_model("baseline")
+
+    def write_one(tokens, max_new_tokens, sampler, padding):
+        yield torch.tensor(tokenizer.encode("!").ids)
+        raise KeyboardInterrupt
+
+    model.generate = write_one
+    monkeypatch.setattr("llm.hub_folder.is_hub_folder", lambda path: True)
+    monkeypatch.setattr("llm.hub_folder.stop_tokens", lambda path: ())
+    monkeypatch.setattr("llm.hub_folder.load_hub_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr("llm.pretrained.load_pretrained", lambda path, device: model)
+    monkeypatch.setattr(sys, "argv", ["generate", "somewhere", "--prompt", "b"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(generate.__file__, run_name="__main__")
+    assert stopped.value.code == 130
+    assert capsys.readouterr() == ("b!\n", "")

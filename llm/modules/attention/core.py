@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from llm.modules.attention.query_blocks import blocked_attention, blocks_serve
 from llm.modules.masks import Visible, causal, visibility
 
+FEW_QUERIES = 64  # of a text; where heads share one key and are told apart as queries (MLA), of all its heads
+
 
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
@@ -41,6 +43,18 @@ def fused_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=shared)
 
 
+def few_queries_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """The explicit products for a step of decoding: few scores, which a kernel made for many tiles at a loss.
+
+    `mask` (B, 1 or H, T, S). With one query a text, the heads that share a key head become that head's queries: so no
+    key is repeated.
+    """
+    if q.shape[2] > 1 or mask.shape[1] > 1:
+        return explicit_attention(q, k, v, mask, scale)
+    heads = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (B, H_kv, H / H_kv, D)
+    return explicit_attention(heads, k, v, mask, scale).flatten(1, 2)[:, :, None]
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -54,7 +68,15 @@ def attention(
     """Fused attention of queries at `q_pos` to the keys at `k_pos` that `visible` shows them; `bias` adds to scores.
 
     q_pos (T,) or (B, T); k_pos (S,) or (B, S); bias (H, T, S) or (B, H, T, S). Without a cache q_pos is k_pos, 0..T-1,
-    and the mask need not be written out.
+    and the mask need not be written out. Which way the numbers take, the first that fits:
+
+    | cache, bias | device | dtype       | visible                  | way                                              |
+    |-------------|--------|-------------|--------------------------|--------------------------------------------------|
+    | neither     | CPU    | bf16        | causal, window; T <= 512 | `blocked_attention`: in blocks of queries        |
+    | neither     | any    | any         | causal                   | fused kernel, without a mask                     |
+    | neither     | CUDA   | not float64 | any                      | `flex_attention` where it compiles: skips blocks |
+    | a cache     | any    | any         | any; at most 64 queries  | `few_queries_attention`: two plain products      |
+    | any         | any    | any         | any                      | fused kernel, with the mask written out          |
     """
     if bias is None and uncached(q_pos, k_pos):
         if blocks_serve(q, visible):
@@ -64,11 +86,13 @@ def attention(
         if q.is_cuda:
             from llm.modules.attention.flex import flex_attention, flex_serves  # costs seconds, so only where it serves
 
-            if flex_serves(q):
+            if flex_serves(q, k):
                 return flex_attention(q, k, v, visible, scale)
     mask = visibility(visible, q_pos, k_pos)
     if bias is not None:
         mask = bias.masked_fill(~mask, -torch.inf).to(q.dtype)
+    if q_pos.dim() == 2 and q.shape[2] <= FEW_QUERIES:
+        return few_queries_attention(q, k, v, mask, scale)
     return fused_attention(q, k, v, mask, scale)
 
 

@@ -6,6 +6,9 @@ arXiv 2412.05496. Blog: Attention, sparse attention.
 
 It serves training on CUDA only. Everywhere else, and where this GPU cannot compile it, the mask gives the same result.
 Both functions stay outside an enclosing torch.compile: a kernel that does not fit can then be found out beforehand.
+
+Each mask, shape and gradient mode gets a kernel of its own. After eight of them torch would go on without compiling,
+T x T scores and all, and tell only its log: here there may be KERNELS, and one more is an error.
 """
 
 import warnings
@@ -18,8 +21,11 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from llm.modules.masks import Visible, causal
 
+KERNELS = 256  # as many as torch allows in all; BigBird has a mask in each layer, and each is used in evaluation, too
+
 
 @torch.compiler.disable
+@torch._dynamo.config.patch(recompile_limit=KERNELS)  # for this call only, and in whichever thread it is made
 def flex_attention(
     q: Tensor,
     k: Tensor,
@@ -37,18 +43,22 @@ def flex_attention(
 
 
 @torch.compiler.disable
-def flex_serves(q: Tensor) -> bool:
-    """Whether queries like these (B, H, T, D) can go through `flex_attention`: on CUDA, where its kernels compile."""
-    return q.is_cuda and q.dtype != torch.float64 and compiles(q.device, q.dtype, q.shape[-1])
+def flex_serves(q: Tensor, k: Tensor) -> bool:
+    """Whether q (B, H, T, D) and k (B, H_kv, T, D) can go through `flex_attention`: on CUDA, where kernels compile."""
+    if not q.is_cuda or q.dtype == torch.float64:
+        return False
+    return compiles(q.device, q.dtype, q.shape[-1], shared=q.shape[1] != k.shape[1])
 
 
 @cache
-def compiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Try both kernels, forward and backward, once for each width of head: small GPUs lack shared memory for some."""
+def compiles(device: torch.device, dtype: torch.dtype, head_dim: int, shared: bool) -> bool:
+    """Try both kernels, forward and backward, once for each width of head, and once more where query heads share a key
+    head: small GPUs lack shared memory for some."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            x = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
-            flex_attention(x, x, x, causal).sum().backward()
+            k = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
+            q = k.repeat(1, 2 if shared else 1, 1, 1)
+            flex_attention(q, k, k, causal).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler raises: the mask does the same, more slowly
@@ -59,7 +69,7 @@ def compiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 @cache
 def compiled() -> Callable[..., Tensor]:
-    return torch.compile(torch_flex.flex_attention, dynamic=False)
+    return torch.compile(torch_flex.flex_attention, dynamic=False, fullgraph=True)  # fullgraph: or else an error
 
 
 @lru_cache(maxsize=64)

@@ -33,7 +33,7 @@ class SoftCappedAttention(MultiHeadAttention):
         if q.is_cuda and uncached(q_pos, k_pos):
             from llm.modules.attention.flex import flex_attention, flex_serves  # costs seconds, so only where it serves
 
-            if flex_serves(q):
+            if flex_serves(q, k):
                 return flex_attention(q, k, v, self.visible, self.scale, partial(cap, limit=self.soft_cap))
         mask = visibility(self.visible, q_pos, k_pos)
         return soft_capped_attention(q, k, v, mask, self.soft_cap, self.scale)
