@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm.modules.cross_entropy import explicit_cross_entropy, linear_cross_entropy
 
@@ -52,6 +53,8 @@ def test_no_tensor_of_the_size_of_the_logits_is_kept():
 
 
 def test_without_gradients_only_the_value_is_computed():
-    with torch.no_grad():
-        value = linear_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64))
+    weight = torch.nn.Parameter(torch.zeros(5, 4))
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        value = linear_cross_entropy(torch.zeros(3, 4), weight, torch.zeros(3, dtype=torch.int64))
     assert value == pytest.approx(torch.tensor(5.0).log().item())
+    assert flops.get_total_flops() == 2 * 3 * 4 * 5  # the logits, and neither gradient

@@ -23,6 +23,8 @@ def explicit_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same value and gradients without keeping the logits. Under autocast the products are made in its dtype."""
+    if not torch.is_grad_enabled():  # which the Function could not tell: parameters want gradients all the same
+        x, weight = x.detach(), weight.detach()
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     return LinearCrossEntropy.apply(x.to(dtype), weight, targets)
