@@ -33,8 +33,10 @@ WEIGHTS, STATE, CONFIG, TOKENIZER = "model.safetensors", "training_state.pt", "c
 KEEP_NEWEST = 2
 NAME = re.compile(r"step-(\d{6,})(\.replaced)?")
 FULL_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-# What decides the weights after each step. Speed, device, paths and what is logged may change.
-BUDGET = "seed|tokens_per_step|steps|max_lr|min_lr|warmup_steps|optimizer|weight_decay|beta1|beta2|grad_clip"
+# What decides the weights after each step, and what they are evaluated on. Speed, device, paths and logs may change.
+BUDGET = (
+    "seed|tokens_per_step|steps|max_lr|min_lr|warmup_steps|optimizer|weight_decay|beta1|beta2|grad_clip|eval_windows"
+)
 SAME_RUN = re.compile(rf"model_name|model\..+|data\.vocab_size|data\..*sha256.*|train\.({BUDGET})")
 
 

@@ -124,6 +124,8 @@ class TrainConfig:
     """auto: bf16 where the hardware multiplies it, else fp32. Weights are fp32 either way."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA only."""
+    recompute: bool = False
+    """Keep only each block's input for the way back and compute the rest again: less memory, a third more work."""
 
     def __post_init__(self):
         for name in ("steps", "tokens_per_step", "micro_batch_size", "log_every", "eval_every", "eval_windows"):
@@ -132,8 +134,10 @@ class TrainConfig:
             check_positive(self, name)
         if not 0 <= self.min_lr <= self.max_lr:
             raise ValueError(f"min_lr = {self.min_lr} must lie between 0 and max_lr = {self.max_lr} (--min-lr)")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps = {self.warmup_steps} must not be negative (--warmup-steps)")
+        for name in ("seed", "warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"{name} = {getattr(self, name)} must not be negative (--{flag})")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1) (--{name})")

@@ -2,13 +2,15 @@
 
 import contextlib
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from llm.config import TrainConfig
-from llm.device import Machine
+from llm.device import Machine, not_compiled
 from llm.distributed import Ranks
 from llm.evaluate import draw_seed
 from llm.models.transformer import Transformer
@@ -54,22 +56,44 @@ class Objective(nn.Module):
         try:
             if self.to_compile:
                 self.loss = torch.compile(self.model.loss)
-            result = self.loss(tokens)
+            with compiling_backward_at_once() if self.to_compile else contextlib.nullcontext():
+                result = self.loss(tokens)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if not self.may_fall_back:
                 raise
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            print(f"not compiled: {type(error).__name__}: {reason[:200]}", flush=True)
+            print(not_compiled(error), flush=True)
             self.loss = self.model.loss
             result = self.loss(tokens)
         self.to_compile = self.may_fall_back = False
         return result
 
 
+def compiling_backward_at_once() -> contextlib.AbstractContextManager:
+    """torch compiles the backward when it is first needed; here with the forward, while a failure can be answered."""
+    from torch._functorch import config
+
+    return config.patch(force_non_lazy_backward_lowering=True)
+
+
+def recompute(model: Transformer) -> None:
+    """Let every block keep its input only: backward computes what lies inside it a second time. The peak is then one
+    block's activations instead of all blocks'. Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174."""
+
+    def forward(block: nn.Module, *inputs):
+        if torch.is_grad_enabled():
+            return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return type(block).forward(block, *inputs)
+
+    for block in model.blocks:
+        block.forward = partial(forward, block)
+
+
 def make_objective(model: Transformer, config: TrainConfig, machine: Machine, ranks: Ranks) -> nn.Module:
     """The objective of this rank; with several ranks, its gradients are averaged over them."""
+    if config.recompute:
+        recompute(model)
     objective = Objective(model, machine.compile, config.compile == "on")
     return DistributedDataParallel(objective) if ranks.world_size > 1 else objective
 

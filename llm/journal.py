@@ -1,6 +1,8 @@
 """What the first rank shows while a run trains, and writes into its run directory."""
 
 import math
+import os
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ from tqdm import tqdm
 
 from llm.accounting import describe, summary
 from llm.checkpoint import save_checkpoint
-from llm.generate import write
+from llm.generate import begin, write
 from llm.run_directory import RunDirectory, read_metrics
 from llm.tokenization import load_tokenizer
 
@@ -30,6 +32,7 @@ class Journal:
         self.record = training.record | {
             "device": self.machine.name,
             "precision": self.machine.precision,
+            "compiled": self.machine.compile,
             "world_size": training.ranks.world_size,
             "costs": costs,
         }
@@ -59,6 +62,8 @@ class Journal:
             f"machine     {self.machine.name}, {self.machine.precision}{', compiled' if self.machine.compile else ''}"
         )
         done = self.training.progress.step
+        same = {"cpu": "bitwise, with as many CPU threads", "cuda": "nearly, not bitwise"}
+        print(f"repeatable  {same.get(self.machine.device.type, 'not promised')}")
         print(f"run         {c.out}{f', going on after step {done}' if done else ''}", flush=True)
 
     def restart_clock(self) -> None:
@@ -81,15 +86,16 @@ class Journal:
             self.run.log(step, tokens=tokens, lr=lr, tokens_per_second=rate, **values, **self.model.metrics())
 
     def share_of_peak(self, tokens_per_second: float) -> float:
-        """Model FLOP/s over what the device can do at most."""
-        return tokens_per_second * self.flops_per_token / self.machine.peak_flops
+        """Model FLOP/s of all ranks over what their devices can do at most."""
+        return tokens_per_second * self.flops_per_token / (self.machine.peak_flops * self.training.ranks.world_size)
 
     def evaluated(self, result: dict[str, float]) -> None:
         """Write down an evaluation, a greedy story and the curve."""
         step = self.training.progress.step
         tokens = step * self.config.tokens_per_step
         self.run.log(step, tokens=tokens, peak_memory_bytes=self.machine.peak_memory(), **result)
-        self.story = write(self.model.eval(), self.tokenizer, [PROMPT], 200)[0]
+        prompt = PROMPT if len(begin(self.tokenizer, PROMPT)) < self.model.config.max_seq_len else ""
+        self.story = write(self.model.eval(), self.tokenizer, [prompt], 200)[0]
         self.model.train()
         self.run.sample(step, self.story)
         self.run.plot()
@@ -129,10 +135,15 @@ class Journal:
             f"metrics     {out / 'metrics.jsonl'}\n"
             f"curve       {out / 'loss.png'}\n"
             f"checkpoints {out / 'checkpoints'}\n"
-            f'try next    python -m llm.generate {out} --prompt "{PROMPT}"'
+            f'try next    {python()} -m llm.generate {shlex.quote(str(out))} --prompt "{PROMPT}"'
         )
 
     def close(self, exit_code: int) -> None:
         """Let go of the run directory and of wandb."""
         self.bar.close()
         self.run.close(exit_code)
+
+
+def python() -> str:
+    """How this process was started: `uv run`, which tells its children so, finds packages that plain python may not."""
+    return "uv run python" if "UV_RUN_RECURSION_DEPTH" in os.environ else "python"

@@ -21,7 +21,7 @@ from llm.data import Data
 from llm.distributed import Ranks
 from llm.models import MODELS
 from llm.models.transformer import Transformer
-from llm.run_directory import _take_lock, existing_config
+from llm.run_directory import existing_config, take_lock
 
 
 @dataclass
@@ -48,6 +48,7 @@ def run_record(Model: type[Transformer], model_config: ModelConfig, config: Trai
             "vocab_size": data.vocab_size,
             "tokenizer_sha256": data.tokenizer_sha256,
             "train_sha256": data.train_sha256,
+            "eval_sha256": data.eval_sha256,
         },
     }
 
@@ -86,7 +87,7 @@ def set_aside(out: Path) -> None:
     """
     if not (out / "config.json").exists():
         return
-    _take_lock(out / "lock").close()
+    take_lock(out / "lock").close()
     number = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}.{n}").exists())
     shutil.move(out, out.with_name(f"{out.name}.{number}"))
     print(f"the earlier run now lies in {out.with_name(f'{out.name}.{number}')}")
@@ -107,13 +108,12 @@ def restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimiz
 
 
 def begin(
-    model: Transformer, optimizer: torch.optim.Optimizer, config: TrainConfig, record: dict, ranks: Ranks
+    model: Transformer, optimizer: torch.optim.Optimizer, checkpoint: Path | None, config: TrainConfig, ranks: Ranks
 ) -> Progress:
-    """Bring model and optimiser to where the run goes on, on every rank."""
+    """Bring model and optimiser to where the run goes on, on every rank: to `checkpoint`, or to the start."""
     if ranks.is_first and config.resume == "never":
         set_aside(config.out)
     ranks.wait()
-    checkpoint = find_checkpoint(config.resume, config.out, record)
     try:
         progress = restore(checkpoint, model, optimizer) if checkpoint else Progress()
     except (KeyError, ValueError) as error:

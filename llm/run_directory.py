@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors
+import tokenizers
 import torch
 
 from llm.wandb_mirror import WandbMirror
@@ -55,7 +57,7 @@ class RunDirectory:
         text = json.dumps(_plain(config), indent=2) + "\n"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(self.path / "lock")
+            self._lock = take_lock(self.path / "lock")
             write_atomically(self.path / "config.json", text.encode())
             _rewind_metrics(self.path / "metrics.jsonl", resume_step)
             _rewind_samples(self.path / "samples.txt", resume_step)
@@ -131,7 +133,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _take_lock(path: Path) -> FileIO:
+def take_lock(path: Path) -> FileIO:
     """Hold `path` open and locked. The system lets go when the process dies, however it dies: no lock is ever stale."""
     file = FileIO(path, "a+")
     try:
@@ -199,7 +201,8 @@ def _plain(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    packages = (torch, np, tokenizers, safetensors)
+    return {"python": platform.python_version()} | {package.__name__: package.__version__ for package in packages}
 
 
 def _git_commit() -> str | None:

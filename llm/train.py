@@ -26,7 +26,7 @@ from llm.gradient import compute_gradient, make_objective, share_out
 from llm.journal import Journal
 from llm.models.transformer import Transformer
 from llm.optim import learning_rate, make_optimizer
-from llm.resume import begin, run_record
+from llm.resume import begin, find_checkpoint, run_record
 
 
 def train(Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data) -> Path:
@@ -62,12 +62,15 @@ class Training:
             keep_freed_memory()
         self.windows, self.micro_batch_size = share_out(config, model_config.max_seq_len, self.ranks.world_size)
         self.record = run_record(Model, model_config, config, data)
-        self.config = replace(config, out=config.out or default_out(self.record["model_name"], data.folder))
+        out = config.out or default_out(self.record["model_name"], data.folder)
+        checkpoint = find_checkpoint(config.resume, out, self.record)
+        self.config = replace(config, out=out)
+        self.record["train"] |= {"out": str(out), "micro_batch_size": self.micro_batch_size}
         self.eval_set = EvalSet.of(data, model_config.max_seq_len, config.eval_windows)
         torch.manual_seed(config.seed)
         self.model = Model(model_config).to(self.machine.device)
         self.optimizer = make_optimizer(self.model, config)
-        self.progress = begin(self.model, self.optimizer, self.config, self.record, self.ranks)
+        self.progress = begin(self.model, self.optimizer, checkpoint, self.config, self.ranks)
 
     def run(self, stop: "Stop") -> None:
         """Train to the last step, or until a stop is asked for."""
@@ -94,7 +97,8 @@ class Training:
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
                 f"out of memory, with {(self.machine.peak_memory() or 0) / 2**30:.1f} GiB in use at most: lower "
-                f"--micro-batch-size (now {self.micro_batch_size} windows; the result stays the same). {error}"
+                f"--micro-batch-size (now {self.micro_batch_size} windows; the result stays the same) or give "
+                f"--recompute. {error}"
             ) from error
         finally:
             if first:
@@ -127,8 +131,8 @@ class Training:
         if not all(map(math.isfinite, report.values())):
             raise FloatingPointError(
                 f"step {step}: loss {report['ce']}, gradient norm {report['grad_norm']} at learning rate {lr:.3g}; the "
-                f"weights were not updated. Last good step: {self.last_saved()}. Try a lower --max-lr, a longer "
-                f"--warmup-steps, or --precision fp32"
+                f"weights were not updated. Last good step: {self.last_saved()}. Try --precision fp32, or begin anew "
+                f"(--resume never) with a lower --max-lr or a longer --warmup-steps"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr

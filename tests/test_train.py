@@ -6,15 +6,22 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from training import (
+    MODEL,
+    ROOT,
+    RUN,
     WINDOWS_PER_STEP,
     at_step,
+    command_line,
     config_of,
     contents,
     evaluations,
@@ -24,6 +31,7 @@ from training import (
     losses,
     same_weights,
     saved_steps,
+    script,
     train_baseline,
     weights,
     write_corpus,
@@ -31,11 +39,16 @@ from training import (
 
 from llm import data as data_module
 from llm import gradient, optim, run_directory
+from llm.accounting import summary
 from llm.checkpoint import best_checkpoint, find_checkpoints
 from llm.data import open_tokens
+from llm.distributed import Ranks
 from llm.generate import load_run
-from llm.models.baseline import Baseline
+from llm.journal import Journal
+from llm.models.baseline import Baseline, BaselineConfig
+from llm.modules.blocks import Block
 from llm.run_directory import RunDirectory, read_metrics
+from llm.tokenization import pre_tokenize
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 
@@ -107,13 +120,42 @@ def test_the_run_directory_holds_all_that_came_of_it(data, tmp_path, monkeypatch
     config = config_of(run)
     assert config["model_name"] == "baseline" and config["model"]["d_model"] == 32 and config["train"]["steps"] == 4
     assert config["model"]["vocab_size"] == 300 and config["data"]["folder"] == str(data)
-    assert {"commit", "versions", "device", "world_size"} <= config.keys()
+    assert {"commit", "versions", "device", "precision", "compiled", "world_size"} <= config.keys()
+    assert config["train"]["out"] == str(run) and config["train"]["micro_batch_size"] == 4
     line = next(line for line in read_metrics(run / "metrics.jsonl") if "loss" in line)
     assert line["tokens"] == 2 * 256 and {"lr", "grad_norm", "tokens_per_second"} <= line.keys()
     said = capsys.readouterr().out
     first, last = (evaluations(run)[step]["eval_loss"] for step in (0, 4))
     assert f"{first:.3f} at step 0, {last:.3f} at step 4" in said
     assert f'python -m llm.generate {run} --prompt "Once upon a time"' in said
+    assert "repeatable  bitwise" in said and summary(Baseline(BaselineConfig(**config["model"]))) in said
+
+
+def test_the_next_command_is_one_that_runs(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    train_baseline(data, tmp_path / "my run", "--steps", 1)
+    assert f"uv run python -m llm.generate '{tmp_path / 'my run'}' --prompt" in capsys.readouterr().out
+
+
+def test_a_context_shorter_than_the_prompt_of_the_sample_stories_is_no_obstacle(data, tmp_path):
+    run = train_baseline(data, tmp_path / "run", "--model.max-seq-len", 4, "--steps", 1)
+    assert (run / "samples.txt").read_text(encoding="utf-8").startswith("--- step 0 ---\n")
+
+
+def test_what_a_model_tells_about_its_experts_goes_into_the_metrics(data, tmp_path):
+    flags = {**RUN, "--steps": 1, "--data": data, "--out": tmp_path / "run"}
+    sizes = {"--model.n-layers": 1, "--model.d-model": 32, "--model.n-heads": 4, "--model.max-seq-len": 32}
+    script("train_switch_transformer").main(command_line(flags | sizes))
+    (line,) = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert {"expert_load/0", "dropped_share", "router_entropy"} <= line.keys()
+
+
+def test_the_share_of_peak_counts_every_device():
+    alone, eight = (object.__new__(Journal) for _ in range(2))
+    for journal, world_size in ((alone, 1), (eight, 8)):
+        journal.flops_per_token, journal.machine = 1e6, SimpleNamespace(peak_flops=1e12)
+        journal.training = SimpleNamespace(ranks=Ranks(world_size=world_size))
+    assert alone.share_of_peak(4e5) == pytest.approx(0.4) == eight.share_of_peak(3.2e6)
 
 
 def test_the_default_run_directory_is_named_after_the_model_and_the_data(data, tmp_path, monkeypatch):
@@ -177,6 +219,43 @@ def test_the_seed_and_nothing_else_decides_the_curve(data, straight, tmp_path):
     assert losses(again) == losses(straight) and same_weights(again, straight)
     other = train_baseline(data, tmp_path / "other", "--seed", 1)
     assert not set(losses(other).values()) & set(losses(straight).values())
+
+
+def test_a_process_with_another_hash_seed_trains_the_same_weights(data, straight, tmp_path):
+    flags = command_line(RUN | MODEL | {"--model.d-ff": 64, "--data": data, "--out": tmp_path / "run"})
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train_scripts" / "train_baseline.py"), *flags]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert losses(tmp_path / "run") == losses(straight) and same_weights(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("name", ["baseline", "switch_transformer"])
+def test_recomputing_blocks_changes_memory_and_nothing_else(data, tmp_path, name, monkeypatch):
+    """Each block runs once for a micro-batch, and once more on the way back; experts are counted once."""
+    calls, real = [], Block.forward
+    monkeypatch.setattr(
+        Block, "forward", lambda self, *inputs: calls.append(torch.is_grad_enabled()) or real(self, *inputs)
+    )
+    runs, trained = [], []
+    for flags in ([], ["--recompute"]):
+        calls.clear()
+        sizes = {**MODEL, "--steps": 3, "--data": data, "--out": tmp_path / f"run{len(runs)}"}
+        script(f"train_{name}").main(command_line(RUN | sizes, *flags))
+        runs.append([line for line in read_metrics(sizes["--out"] / "metrics.jsonl") if "loss" in line])
+        trained.append(sum(calls))
+    drop = {"tokens_per_second"}
+    plain, again = ([{k: v for k, v in line.items() if k not in drop} for line in lines] for lines in runs)
+    assert plain == again
+    assert trained == [3 * 2 * 2, 2 * 3 * 2 * 2]
+    assert same_weights(tmp_path / "run0", tmp_path / "run1")
+
+
+def test_bf16_trains_to_nearly_the_same_losses(data, straight, tmp_path):
+    run = train_baseline(data, tmp_path / "run", "--precision", "bf16")
+    assert losses(run) != losses(straight)
+    assert list(losses(run).values()) == pytest.approx(list(losses(straight).values()), rel=2e-3)
+    assert all(tensor.dtype is torch.float32 for tensor in weights(run).values())
+    assert config_of(run)["precision"] == "bf16 autocast"
 
 
 def test_the_learning_rate_of_a_step_is_the_one_that_is_used(data, tmp_path):
@@ -444,6 +523,7 @@ OTHER_RUN = {
     "train.steps": ("--steps", 22),
     "train.max_lr": ("--max-lr", 0.002),
     "train.weight_decay": ("--weight-decay", 0.2),
+    "train.eval_windows": ("--eval-windows", 4),
 }
 
 
@@ -476,9 +556,18 @@ def test_a_run_directory_of_another_tokenizer_or_text_is_refused_by_name(data, s
     assert contents(straight) == before
 
 
+def test_other_eval_text_is_refused_by_name(data, straight, tmp_path, capsys):
+    """One curve on two texts would mean nothing, nor would the best checkpoint."""
+    other = shutil.copytree(data, tmp_path / "data")
+    (other / "eval.txt").write_text((data / "eval.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    pre_tokenize(other / "train.txt", other / "eval.txt", other, 300)
+    said = refusal(capsys, other, straight)
+    assert "data.eval_sha256" in said and "tokenizer" not in said
+
+
 def test_what_may_change_may_change(data, straight, tmp_path, monkeypatch):
     stopped(monkeypatch, data, tmp_path / "run", 12)
-    flags = ("--micro-batch-size", 2, "--save-every", 1, "--log-every", 4, "--eval-windows", 4)
+    flags = ("--micro-batch-size", 2, "--save-every", 1, "--log-every", 4)
     run = train_baseline(data, tmp_path / "run", *flags)
     assert list(losses(run)) == [*range(1, 13), 16, 20]
     assert losses(run)[20] == pytest.approx(losses(straight)[20], rel=1e-6)
@@ -649,6 +738,22 @@ def test_a_compiler_that_fails_costs_one_line(data, straight, tmp_path, monkeypa
     assert losses(run) == losses(straight)
 
 
+def test_a_backward_that_does_not_compile_costs_one_line_too(data, straight, tmp_path, monkeypatch, capsys):
+    """torch.compile leaves it for later unless it is told to."""
+
+    def fail(graph, inputs):
+        raise RuntimeError("no kernel for the way back")
+
+    real, backend = torch.compile, aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=fail)
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
+    machine = sys.modules["llm.device"].Machine(torch.device("cpu"), bf16=False, compile=True)
+    monkeypatch.setattr("llm.train.find_machine", lambda *_: machine)
+    capsys.readouterr()
+    run = train_baseline(data, tmp_path / "run")
+    assert "not compiled: RuntimeError: no kernel for the way back\n" in capsys.readouterr().out
+    assert losses(run) == losses(straight)
+
+
 def test_a_compiler_that_was_insisted_on_must_work(data, tmp_path, monkeypatch):
     def fail(tokens):
         raise RuntimeError("no C++ compiler")
@@ -692,6 +797,8 @@ BAD = {
     "default vocabulary": (["--model.vocab_size=10000"], r"vocab_size = 10000, but .* has 300 entries"),
     "negative rate": (["--max-lr", "-1"], r"max_lr = -1\.0 must be positive \(--max-lr\)"),
     "rates the wrong way": (["--min-lr", "1"], r"min_lr = 1\.0 must lie between 0 and max_lr = 0\.001 \(--min-lr\)"),
+    "seed": (["--seed", "-1"], r"seed = -1 must not be negative \(--seed\)"),
+    "decay": (["--weight-decay", "-0.1"], r"weight_decay = -0\.1 must not be negative \(--weight-decay\)"),
     "no steps": (["--steps", "0"], r"steps = 0 must be positive \(--steps\)"),
     "no save": (["--save-every", "0"], r"save_every = 0 must be positive \(--save-every\)"),
     "no layers": (["--model.n-layers", "0"], r"n_layers = 0 must be positive \(--model\.n-layers\)"),
