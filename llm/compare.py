@@ -2,14 +2,16 @@
 
     python -m llm.compare runs/ladder/* --out runs/ladder
 
-Runs of one model that differ in the seed share a row: their mean and standard deviation. Only runs on the same data,
-with the same tokens and the same context are compared; others are refused by name.
+Runs that differ in the seed and nothing else share a row: their mean and standard deviation. A run trained by another
+recipe than the first (optimiser, rates, ..), or with other settings than the first of its model, has a row of its own
+that says what differs. Only runs on the same data, with the same tokens and the same context are compared; others are
+refused by name.
 """
 
 import statistics
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -28,6 +30,7 @@ COLUMNS = (
     "cache, B / token",
 )
 SAME = ("steps", "tokens_per_step", "eval_windows")
+RECIPE = ("optimizer", "max_lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Result:
         return same | {
             "tokenizer": data["tokenizer_sha256"][:12],
             "training text": data["train_sha256"][:12],
+            "eval text": data["eval_sha256"][:12],
             "max_seq_len": self.config["model"]["max_seq_len"],
             "precision": self.config["precision"],
             "device": self.config["device"],
@@ -70,9 +74,28 @@ def read_run(path: Path) -> Result:
             f"{path} stopped at step {evaluations[-1]['step']} of {config['train']['steps']}: finish it first, with "
             f"the command that began it"
         )
-    optimizer = config["train"].get("optimizer", "adamw")
-    name = config["model_name"] + (f", {optimizer}" if optimizer != "adamw" else "")
-    return Result(name, config, [line for line in metrics if "loss" in line], evaluations)
+    return Result(config["model_name"], config, [line for line in metrics if "loss" in line], evaluations)
+
+
+def name_apart(results: list[Result]) -> list[Result]:
+    """The same results under names that tell apart what is no repetition: "baseline, optimizer = muon".
+
+    Raises ValueError where a run is there twice: two equal runs would pass for two seeds.
+    """
+    named, first_of = [], {}
+    for result in results:
+        first = first_of.setdefault(result.name, result)
+        settings = [(result.config["train"], results[0].config["train"], name) for name in RECIPE]
+        settings += [(result.config["model"], first.config["model"], name) for name in result.config["model"]]
+        apart = [f"{name} = {mine[name]}" for mine, others, name in settings if mine[name] != others[name]]
+        named.append(replace(result, name=", ".join([result.name, *apart])))
+    seen = set()
+    for result in named:
+        run = (result.name, seed := result.config["train"]["seed"])
+        if run in seen:
+            raise ValueError(f"{result.name} with seed {seed} is there twice: repetitions need seeds of their own")
+        seen.add(run)
+    return named
 
 
 def check_fair(results: list[Result]) -> None:
@@ -186,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
 def compare(results: list[Result], out: Path) -> None:
     """Print the table, write it and the picture to `out`. Raises ValueError for runs that were not trained alike."""
     check_fair(results)
+    results = name_apart(results)
     out.mkdir(parents=True, exist_ok=True)
     text = table(results)
     write_atomically(out / "comparison.md", text.encode())

@@ -2,13 +2,15 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
 
-from llm.compare import check_fair, main, read_run, table
+from llm.compare import check_fair, main, name_apart, read_run, table
+from llm.config import TrainConfig
 from llm.modules.position_encoding.context_extension import LinearInterpolation
 from llm.run_directory import RunDirectoryError
 
@@ -19,9 +21,9 @@ from extend_context import loss_by_position
 def write_run(folder: Path, name: str, loss: float, seed: int = 0, **changes) -> Path:
     config = {
         "model_name": name,
-        "model": {"max_seq_len": 32},
-        "train": {"steps": 4, "tokens_per_step": 64, "eval_windows": 8, "seed": seed},
-        "data": {"tokenizer_sha256": "a" * 64, "train_sha256": "b" * 64},
+        "model": {"max_seq_len": 32, "initialization": "normal"},
+        "train": asdict(TrainConfig(steps=4, tokens_per_step=64, eval_windows=8, seed=seed, data="", out="")),
+        "data": {"tokenizer_sha256": "a" * 64, "train_sha256": "b" * 64, "eval_sha256": "c" * 64},
         "device": "cpu",
         "precision": "fp32",
         "costs": {
@@ -31,7 +33,8 @@ def write_run(folder: Path, name: str, loss: float, seed: int = 0, **changes) ->
             "cache_bytes_per_token": 512.0,
         },
     }
-    config["train"] |= changes
+    for field, value in changes.items():
+        next(part for part in (config["train"], config["data"], config["model"]) if field in part)[field] = value
     lines = [
         {"step": 0, "tokens": 0, "eval_loss": 9.0, "eval_bits_per_byte": 3.0},
         {"step": 2, "tokens": 128, "loss": 5.0, "tokens_per_second": 100.0},
@@ -71,6 +74,35 @@ def test_runs_that_were_trained_differently_are_refused_by_name(tmp_path):
     other = read_run(write_run(tmp_path / "b", "rope", 3.0, tokens_per_step=128))
     with pytest.raises(ValueError, match="baseline and rope were not trained alike: tokens_per_step: 64 and 128"):
         check_fair([one, other])
+
+
+@pytest.mark.parametrize("what", ["train_sha256", "eval_sha256", "tokenizer_sha256", "max_seq_len"])
+def test_runs_on_other_text_or_context_are_refused(tmp_path, what):
+    runs = [write_run(tmp_path / "a", "baseline", 3.0), write_run(tmp_path / "b", "rope", 3.0, **{what: "9" * 64})]
+    with pytest.raises(ValueError, match="not trained alike"):
+        check_fair([read_run(run) for run in runs])
+
+
+def test_only_seeds_share_a_row(tmp_path):
+    """What else differs is another experiment, and its row says which."""
+    changes = [{}, {"seed": 1}, {"initialization": "kaiming"}, {"max_lr": 0.003, "seed": 1}, {"optimizer": "muon"}]
+    runs = [write_run(tmp_path / str(i), "baseline", 3.0, **change) for i, change in enumerate(changes)]
+    runs.append(write_run(tmp_path / "rope", "rope", 3.0, max_lr=0.003))
+    names = [result.name for result in name_apart([read_run(run) for run in runs])]
+    assert names == [
+        "baseline",
+        "baseline",
+        "baseline, initialization = kaiming",
+        "baseline, max_lr = 0.003",
+        "baseline, optimizer = muon",
+        "rope, max_lr = 0.003",
+    ]
+
+
+def test_the_same_run_twice_is_no_second_seed(tmp_path):
+    runs = [read_run(write_run(tmp_path / str(i), "baseline", 3.0)) for i in range(2)]
+    with pytest.raises(ValueError, match="baseline with seed 0 is there twice"):
+        name_apart(runs)
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):

@@ -1,24 +1,29 @@
 """Train every model on the same tokens and put them into one table and one picture.
 
     python train_scripts/ladder.py                                        # the default size, on a GPU
-    python train_scripts/ladder.py --small --data data/tinystories        # small models, an hour or two on a CPU
+    python train_scripts/ladder.py --small                                # small models, two hours on a CPU
 
 Each model is trained by its own script in a process of its own, so its peak memory is its own. After each run the table
 is written again; what is finished is not trained again, so an interrupted ladder goes on where it was.
 """
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from llm.compare import compare, read_run
+from llm.compare import Result, compare, read_run
+from llm.config import TrainConfig
+from llm.data import open_tokens
 from llm.models import MODELS
 from llm.run_directory import RunDirectoryError
 
 SMALL = ["--sample", "--steps", "244", "--tokens-per-step", "4096", "--eval-windows", "128", "--eval-every", "61"]
+EPOCHS = 10  # at most, at the default size: what is read more often is learned by heart
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,28 @@ class Arguments:
     """Which models, in the order of the table; the first is what the others are held to."""
     baseline_seeds: int = 3
     """Seeds for the first model: their spread tells which differences mean something."""
-    seeds: int = 1
-    """Seeds for every other model."""
+    seeds: int | None = None
+    """Seeds for every other model; where it is not given, 3, or 1 with --small."""
     small: bool = False
-    """1 M tokens each at d_model 128, 4 layers, 4 heads, context 256."""
+    """1 M tokens each at d_model 128, 4 layers, 4 heads, context 256; otherwise the default size, 10 epochs at most."""
     data: Path = Path("data/tinystories")
     """Folder that pre_tokenize.py wrote."""
     out: Path = Path("runs/ladder")
     """Folder for the runs, comparison.md and comparison.png."""
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Model and seed of each run, in the order of the table."""
+        others = (1 if self.small else 3) if self.seeds is None else self.seeds
+        seeds = {name: others for name in self.models} | {self.models[0]: self.baseline_seeds}
+        return [(name, seed) for name in self.models for seed in range(seeds[name])]
+
+    def budget(self) -> list[str]:
+        """The flags that say how much each model is trained."""
+        if self.small:
+            return SMALL
+        train = TrainConfig()
+        steps = min(train.steps, EPOCHS * len(open_tokens(self.data).train) // train.tokens_per_step)
+        return ["--steps", str(max(steps, 1)), "--eval-every", str(max(steps // 4, 1))]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,26 +65,28 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = [name for name in flags.models if name not in MODELS]
     if unknown:
         sys.exit(f"error: no model is called {', '.join(unknown)}; there are {', '.join(MODELS)} (--models)")
-    rest = [*(SMALL if flags.small else []), "--data", str(flags.data), *arguments[split + 1 :]]
-    runs = [(name, seed) for name in flags.models for seed in range(seeds_of(name, flags))]
-    results = []
-    for number, (name, seed) in enumerate(runs, 1):
-        out = flags.out / f"{name}-{seed}"
+    try:
+        rest = [*flags.budget(), "--data", str(flags.data), *arguments[split + 1 :]]
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    runs = {run: flags.out / f"{run[0]}-{run[1]}" for run in flags.runs()}
+    for number, ((name, seed), out) in enumerate(runs.items(), 1):
         print(f"\n[{number}/{len(runs)}] {name}, seed {seed}", flush=True)
         script = Path(__file__).with_name(f"train_{name}.py")
         done = subprocess.run([sys.executable, script, *rest, "--seed", str(seed), "--out", str(out)])
         if done.returncode:
             sys.exit(f"{script.name} ended with status {done.returncode}; the same command goes on from here")
         try:
-            results.append(read_run(out))
-        except RunDirectoryError as error:
+            compare(list(finished(runs.values())), flags.out)
+        except ValueError as error:
             sys.exit(f"error: {error}")
-        compare(results, flags.out)
 
 
-def seeds_of(name: str, flags: Arguments) -> int:
-    """How many seeds a model gets."""
-    return flags.baseline_seeds if name == flags.models[0] else flags.seeds
+def finished(folders: Iterable[Path]) -> Iterator[Result]:
+    """The runs that are complete, those of an earlier, interrupted ladder too."""
+    for folder in folders:
+        with contextlib.suppress(RunDirectoryError):
+            yield read_run(folder)
 
 
 if __name__ == "__main__":
