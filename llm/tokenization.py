@@ -69,7 +69,13 @@ def learn_tokenizer(source: Path, vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE on the stories of a file; see `make_tokenizer`."""
     with progress(source, "learning the vocabulary") as bar:
         blocks = (texts for texts, _ in read_stories(source, Tally(), bar))
-        return make_tokenizer(count_all_words(blocks, DISTINCT_BYTES), vocab_size)
+        counts = count_all_words(blocks, DISTINCT_BYTES)
+        if sum(map(len, counts)) > DISTINCT_BYTES and bar.n < bar.total:
+            bar.write(
+                f"the vocabulary is learned from the first {bar.n / bar.total:.1%} of {source.name}: so many words differ "
+                f"that counting them all would fill the memory"
+            )
+        return make_tokenizer(counts, vocab_size)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

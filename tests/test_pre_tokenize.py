@@ -195,6 +195,17 @@ def test_the_trainer_stops_reading_when_the_distinct_words_are_too_many():
     assert tokenization.count_all_words([[b"same words"]] * 1000, limit=100) == {b"same": 1000, b" words": 1000}
 
 
+def test_a_vocabulary_of_a_part_of_the_text_is_announced(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "train.txt"
+    source.write_text("".join(f"word{i} again {i}\n{END_OF_TEXT}\n" for i in range(1000)), encoding="utf-8")
+    tokenization.learn_tokenizer(source, 300)
+    assert "learned from the first" not in capsys.readouterr().out
+    monkeypatch.setattr(tokenization, "DISTINCT_BYTES", 100)
+    monkeypatch.setattr("llm.stories.READ_BYTES", 1000)
+    tokenization.learn_tokenizer(source, 300)
+    assert "the vocabulary is learned from the first 3.1% of train.txt" in capsys.readouterr().out
+
+
 def test_load_tokenizer_names_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"pre_tokenize\.py --sample"):
         load_tokenizer(tmp_path / "none.json")
