@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from llm.accounting import describe
 from llm.config import TrainConfig
 from llm.device import find_machine, keep_freed_memory
+from llm.gradient import recompute
 from llm.models.baseline import Baseline, BaselineConfig
 from llm.optim import make_optimizer
 
@@ -41,7 +42,7 @@ class Arguments:
     """Measure training steps of the baseline and of other codebases' models of the same size, in turn."""
 
     rivals: tuple[str, ...] = ("transformers GPT-2", "transformers Llama", "litgpt", "x-transformers")
-    """Which rivals; those that are not installed are left out."""
+    """Which rivals; those that are not installed are left out. `ours, recomputing` is one, too."""
     size: Literal["default", "gpt2"] = "default"
     """default: 17.7 M parameters; gpt2: the 124 M of the smallest GPT-2."""
     windows: int = 4
@@ -65,6 +66,13 @@ class Arguments:
 def baseline_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
     model = Baseline(c)
     return model, lambda tokens: model.loss(tokens)[0]
+
+
+def recomputing_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
+    """As `--recompute` trains: more work, less memory."""
+    model, loss = baseline_loss(c)
+    recompute(model)
+    return model, loss
 
 
 def gpt2_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
@@ -148,6 +156,7 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 MAKE = {
     "ours": baseline_loss,
+    "ours, recomputing": recomputing_loss,
     "transformers GPT-2": gpt2_loss,
     "transformers Llama": llama_loss,
     "litgpt": litgpt_loss,
@@ -159,7 +168,7 @@ def compete(name: str, mode: str, flags: Arguments) -> None:
     """The child: one codebase in one mode."""
     machine = find_machine(TrainConfig(device=flags.device, precision=flags.precision))
     device = machine.device
-    if device.type == "cpu" and (name == "ours" or flags.keep_memory):
+    if device.type == "cpu" and (name.startswith("ours") or flags.keep_memory):
         keep_freed_memory()
     if name == "ceiling":
         dtype = torch.bfloat16 if machine.bf16 else torch.float32
@@ -171,7 +180,8 @@ def compete(name: str, mode: str, flags: Arguments) -> None:
     model.to(device).train()
     loss = torch.compile(loss) if mode == "compiled" else loss
     groups = [{"params": list(model.parameters())}]
-    optimizer = make_optimizer(model, TrainConfig()) if name == "ours" else torch.optim.AdamW(groups, fused=True)
+    ours = name.startswith("ours")
+    optimizer = make_optimizer(model, TrainConfig()) if ours else torch.optim.AdamW(groups, fused=True)
     tokens = torch.randint(config.vocab_size, (flags.windows, flags.length + 1), device=device)
 
     def step() -> float:
