@@ -72,8 +72,8 @@ def learn_tokenizer(source: Path, vocab_size: int) -> Tokenizer:
         counts = count_all_words(blocks, DISTINCT_BYTES)
         if sum(map(len, counts)) > DISTINCT_BYTES and bar.n < bar.total:
             bar.write(
-                f"the vocabulary is learned from the first {bar.n / bar.total:.1%} of {source.name}: so many words differ "
-                f"that counting them all would fill the memory"
+                f"the vocabulary is learned from the first {bar.n / bar.total:.1%} of {source.name}: so many words "
+                f"differ that counting them all would fill the memory"
             )
         return make_tokenizer(counts, vocab_size)
 
