@@ -310,3 +310,17 @@ def test_wandb_itself_offline_and_with_an_unreachable_server(tmp_path, monkeypat
     said = capsys.readouterr().out
     assert said.count("wandb mirror off: ") == 1 and said.count("\n") == 1
     wandb.teardown()
+
+    def ask(*_, **__):
+        asked.append(True)
+        return ""
+
+    asked = []
+    monkeypatch.delenv("WANDB_API_KEY")
+    for question in ("builtins.input", "getpass.getpass"):
+        monkeypatch.setattr(question, ask)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    write_run(tmp_path / "no key", 3, wandb="online")
+    assert steps(tmp_path / "no key") == [1, 2, 3] and not asked
+    assert capsys.readouterr().out.count("wandb mirror off: ") == 1
+    wandb.teardown()

@@ -4,6 +4,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -453,6 +454,35 @@ def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(data, straight, t
     assert same_weights(tmp_path / "run", straight)
     assert saved_steps(tmp_path / "run") == saved_steps(straight)
     assert not [*(tmp_path / "run" / "checkpoints").glob("*.tmp"), *tmp_path.rglob("*.replaced")]
+
+
+def test_kill_9_before_the_first_checkpoint_costs_all_steps_and_nothing_else(data, straight, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda model: os.kill(os.getpid(), signal.SIGKILL))
+        assert exit_status(in_child(lambda: train_baseline(data, tmp_path / "run"))) == -signal.SIGKILL
+    assert saved_steps(tmp_path / "run") == [] and list(losses(tmp_path / "run")) == [1, 2]
+    train_baseline(data, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(straight) and same_weights(tmp_path / "run", straight)
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing_that_was_saved(
+    data, straight, tmp_path, monkeypatch, capsys
+):
+    def fill_up(model):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limit[1]))  # room for the weights, not for AdamW's state
+
+    limit, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 8, fill_up)
+            said = refusal(capsys, data, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "step-000010" in said and "MB" in said
+    assert saved_steps(tmp_path / "run") == [5] and not list(tmp_path.rglob("*.tmp"))
+    train_baseline(data, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(straight) and same_weights(tmp_path / "run", straight)
 
 
 def half_a_line(file, text):
