@@ -1,7 +1,10 @@
 """The contract that every model in MODELS keeps."""
 
 import copy
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +96,12 @@ def test_the_config_survives_a_round_trip(name):
     _, Config = MODELS[name]
     config = replace(Config(), **Config.small, vocab_size=321)
     assert Config(**asdict(config)) == config
+
+
+def test_importing_the_models_does_not_load_the_compiler():
+    """torch._dynamo takes seconds and 170 MB: what compiles nothing should not pay for it."""
+    code = "import sys, llm.models; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
 @pytest.mark.parametrize("name", MODELS)

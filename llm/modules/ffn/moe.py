@@ -82,15 +82,9 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         rows, weight = rows.to(dtype), weight.to(dtype)
     if has_grouped_kernel(weight):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    from llm.modules.ffn.looped_experts import looped_linear  # costs seconds, so only where it serves
+
     return looped_linear(rows, weight, ends)
-
-
-@torch.compiler.disable  # the lengths are numbers in Python, which would be compiled anew each time they change
-def looped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The same, expert by expert."""
-    ends = ends.tolist()
-    starts = [0, *ends[:-1]]
-    return torch.cat([F.linear(rows[i:j], w) for w, i, j in zip(weight, starts, ends, strict=True)])
 
 
 def has_grouped_kernel(weight: Tensor) -> bool:
