@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from llm.modules.ffn.balance import balance_loss, z_loss
 from llm.modules.ffn.expert_choice import ExpertChoice
 from llm.modules.ffn.glu import SwiGLU
 from llm.modules.ffn.looped_experts import looped_linear
 from llm.modules.ffn.mlp import MLP
 from llm.modules.ffn.moe import GatedExperts, MoE, PlainExperts, grouped_linear
-from llm.modules.ffn.router import SigmoidRouter, SoftmaxRouter, balance_loss, best_of_groups, check_routing, z_loss
+from llm.modules.ffn.router import SigmoidRouter, SoftmaxRouter, best_of_groups, check_routing
 from llm.modules.ffn.switch import SwitchRouter
 
 MOE_MODELS = ["switch_transformer", "mixture_of_experts", "loss_free_balancing"]

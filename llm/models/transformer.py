@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from llm.config import ModelConfig
 from llm.modules.cache import Cache, room
 from llm.modules.cross_entropy import linear_cross_entropy
-from llm.modules.ffn.router import balance_experts, count_choices, expert_metrics
+from llm.modules.ffn.balance import balance_experts, count_choices, expert_metrics
 from llm.modules.initialization import initialize
 from llm.modules.norms import RMSNorm
 
