@@ -574,7 +574,7 @@ def test_flex_attention_compiles_a_kernel_for_each_of_many_masks_and_fails_rathe
     assert counter.frame_count == len(layers)
     assert torch._dynamo.config.recompile_limit == limit
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        flex.torch_flex.flex_attention(q, k, v, None, flex.block_mask(masks.window(9), T, q.device), 0.5)
+        flex.torch_flex.flex_attention(q, k, v, None, flex.block_mask(masks.window(9), T, q.device), 0.5, True)
 
 
 def test_flex_attention_is_tried_with_shared_heads_where_heads_are_shared(monkeypatch):
