@@ -43,7 +43,14 @@ def remember_first(cache: dict[str, Tensor], positions: Tensor, n_first: int, **
     """`remember` into a ring, and token p < n_first into slot p as well, for good. Returns the same as `remember`.
 
     cache[..][:, :n_first] are the first tokens, the slots behind them the ring. While the ring still holds first tokens
-    they are hidden there, so that none is seen twice.
+    they are hidden there, so that none is seen twice. With n_first = 2 and a window of 3, token p goes to ring slot
+    p % 3, and after each of the tokens 0 to 6 the slots hold (in brackets: hidden)
+
+        token    first    ring               token    first    ring
+          0      0  -    (0)  -   -            4      0  1     3   4   2
+          1      0  1    (0) (1)  -            5      0  1     3   4   5
+          2      0  1    (0) (1)  2            6      0  1     6   4   5
+          3      0  1     3  (1)  2
     """
     *recent, recent_pos = remember(
         {name: all_slots[:, n_first:] for name, all_slots in cache.items()}, positions, **new
