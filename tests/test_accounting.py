@@ -85,10 +85,57 @@ def test_training_takes_three_times_the_forward_flops(name):
     assert costs["training_flops_per_token"] == 3 * costs["flops_per_token"]
 
 
-def test_parameters_are_the_models_own(model):
-    costs = describe(model, T)
-    assert costs["parameters"] == sum(tensor.numel() for tensor in dict(model.named_parameters()).values())
-    assert 0 < costs["active_parameters"] <= costs["parameters"]
+def attention(c, kv_share=1.0):
+    """Queries and output, keys and values."""
+    return 2 * c.d_model**2 + 2 * kv_share * c.d_model**2
+
+
+def latent_attention(c):
+    queries, keys_and_values = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_nope_head_dim + c.v_head_dim
+    down = c.d_model * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank  # the latent has a gain
+    return down + c.n_heads * (c.d_model * queries + c.kv_lora_rank * keys_and_values + c.v_head_dim * c.d_model)
+
+
+def mlp(c, width):
+    return 2 * c.d_model * width
+
+
+def experts(c, width, n_used):
+    """A router and `n_used` of its experts."""
+    return c.n_experts * c.d_model + n_used * mlp(c, width)
+
+
+# what a layer has beside its two gains, and of this, where it is less, what a token goes through
+LAYERS = {
+    "baseline": lambda c: attention(c) + mlp(c, c.d_ff),
+    "relative_position": lambda c: attention(c) + c.d_model**2 + 2 * c.d_model + mlp(c, c.d_ff),
+    "t5_bias": lambda c: attention(c) + c.n_buckets * c.n_heads + mlp(c, c.d_ff),
+    "qk_norm": lambda c: attention(c) + 2 * c.d_model / c.n_heads + mlp(c, c.d_ff),
+    "multi_query": lambda c: attention(c, 1 / c.n_heads) + mlp(c, c.d_ff),
+    "grouped_query": lambda c: attention(c, c.n_kv_heads / c.n_heads) + mlp(c, c.d_ff),
+    "attention_sink": lambda c: attention(c) + c.n_heads + mlp(c, c.d_ff),
+    "gated_attention": lambda c: attention(c) + c.d_model**2 + mlp(c, c.d_ff),
+    "latent": lambda c: latent_attention(c) + mlp(c, c.d_ff),
+    "swiglu": lambda c: attention(c) + 3 * c.d_model * 8 * round(c.d_ff / 12),
+    "switch_transformer": lambda c: attention(c) + experts(c, c.d_ff, c.n_experts),
+    "mixture_of_experts": lambda c: attention(c) + experts(c, c.d_expert, c.n_experts + c.n_shared_experts),
+}
+ACTIVE = {
+    "switch_transformer": lambda c: attention(c) + experts(c, c.d_ff, 1),
+    "mixture_of_experts": lambda c: attention(c) + experts(c, c.d_expert, c.top_k + c.n_shared_experts),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("small", [False, True])
+def test_parameters_are_those_of_a_formula_in_the_sizes(name, small):
+    Model, Config = MODELS[name]
+    c = Config(**Config.small) if small else Config()
+    with torch.device("meta"):
+        costs = describe(Model(c))
+    outside = c.vocab_size * c.d_model + c.d_model  # the embedding, which is the head, too, and the last gain
+    for kind, layer in (("parameters", LAYERS[name]), ("active_parameters", ACTIVE.get(name, LAYERS[name]))):
+        assert costs[kind] == outside + c.n_layers * (layer(c) + 2 * c.d_model)
 
 
 @pytest.mark.parametrize("name", MODELS)
