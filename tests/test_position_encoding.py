@@ -1,13 +1,14 @@
 """Each position encoding against its formula, a loop, or the transformers class that has it."""
 
-import functools
 import itertools
 import os
+from functools import partial
 from importlib import import_module
 
 import pytest
 import torch
 from conftest import VOCABULARY, redraw, tiny_model
+from training import ROOT, RUN, command_line, config_of, script, write_corpus
 
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.position_encoding.alibi import alibi, alibi_slopes
@@ -24,6 +25,7 @@ from llm.modules.position_encoding.relative import RelativeAttention, gather, sh
 from llm.modules.position_encoding.rope import RoPE, inverse_frequencies, rotate
 from llm.modules.position_encoding.sinusoidal import sinusoidal
 from llm.modules.position_encoding.t5_bias import T5Bias, bucket
+from llm.run_directory import RunDirectory
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -259,10 +261,17 @@ def test_ntk_interpolates_the_slowest_pair_and_keeps_the_fastest():
     assert ((scaled[1:-1] < plain[1:-1]) & (scaled[1:-1] > plain[1:-1] / 8)).all()
 
 
-def test_dynamic_ntk_at_the_full_extension_is_nearly_the_static_one():
-    grown, _ = DynamicNTK(4.0, original_length=64)(32, 1e4, torch.arange(256))
-    static, _ = NTKAware(4.0 * 4 - 3)(32, 1e4, torch.arange(256))
-    torch.testing.assert_close(grown, static)
+@pytest.mark.parametrize("n_tokens, growth", [(3, 1), (64, 1), (96, 1.5), (256, 4)])
+def test_dynamic_ntk_with_factor_1_is_the_static_one_for_what_the_text_needs(n_tokens, growth):
+    """max(1, n / L) for its factor, as YaRN's authors write it."""
+    positions = torch.arange(n_tokens)
+    dynamic, _ = DynamicNTK(1.0, original_length=64)(32, 1e4, positions)
+    torch.testing.assert_close(dynamic, NTKAware(growth)(32, 1e4, positions)[0])
+
+
+def test_dynamic_ntk_with_a_larger_factor_grows_beyond_what_the_text_needs():
+    dynamic, _ = DynamicNTK(4.0, original_length=64)(32, 1e4, torch.arange(256))
+    torch.testing.assert_close(dynamic, NTKAware(13.0)(32, 1e4, torch.arange(256))[0])
 
 
 def test_yarn_multiplies_scores_by_the_square_of_its_temperature():
@@ -357,7 +366,7 @@ def test_alibi_attention_equals_that_of_bloom():
     config = transformers.BloomConfig(hidden_size=24, n_head=3, attn_implementation="eager")
     theirs = modeling.BloomAttention(config, layer_idx=0).double().eval()
     redraw(theirs)
-    bias = functools.partial(alibi, n_heads=3)
+    bias = partial(alibi, n_heads=3)
     ours = MultiHeadAttention(d_model=24, n_heads=3, score_bias=bias, qkv_bias=True, o_bias=True).double()
     for part in ("weight", "bias"):  # fused as [head][q, k, v]
         fused = getattr(theirs.query_key_value, part).unflatten(0, (3, 3, 8))
@@ -404,7 +413,7 @@ def test_t5_bias_names_buckets_that_cannot_be():
             T5Bias(4, n_buckets, max_distance)
 
 
-@pytest.mark.parametrize("bias", [T5Bias(3, 8, 20), functools.partial(alibi, n_heads=3)], ids=["t5", "alibi"])
+@pytest.mark.parametrize("bias", [T5Bias(3, 8, 20), partial(alibi, n_heads=3)], ids=["t5", "alibi"])
 def test_a_bias_takes_the_positions_of_each_row(bias):
     q_pos, k_pos = torch.tensor([[4, 5], [-1, 9]]), torch.tensor([[5, -1, 3], [8, 9, 1]])
     rows = torch.stack([bias(q, k) for q, k in zip(q_pos, k_pos, strict=True)])
@@ -482,3 +491,46 @@ def test_every_encoding_runs_in_bf16_under_autocast(name):
         loss, _ = model.loss(tokens)
     loss.backward()
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
+
+
+@pytest.fixture
+def extend_context(monkeypatch):
+    """The script, which imports another one beside it."""
+    monkeypatch.syspath_prepend(ROOT / "train_scripts")
+    return script("extend_context")
+
+
+def test_each_stretch_is_read_at_the_end_of_a_text_that_ends_there(extend_context):
+    """Only dynamic NTK looks at the length: as far as trained it does nothing, at the full one what NTK-aware does."""
+    model = tiny_model("rope")
+    windows = torch.randint(VOCABULARY, (3, 65), generator=torch.Generator().manual_seed(0))
+    ways = extend_context.scalings(16, 64)
+    grown = {name: extend_context.loss_as_texts_grow(model, windows, way, 16) for name, way in ways.items()}
+    at_once = {name: extend_context.loss_by_position(model, windows, way) for name, way in ways.items()}
+    dynamic = grown.pop("dynamic NTK").split(16)
+    for name, losses in grown.items():
+        torch.testing.assert_close(losses, at_once[name])
+    halfway = extend_context.loss_by_position(model, windows, NTKAware(2.0))
+    for n, losses in [(0, at_once["no scaling"]), (1, halfway), (3, at_once["NTK-aware"])]:
+        torch.testing.assert_close(dynamic[n], losses.split(16)[n])
+    assert not torch.allclose(dynamic[0], at_once["NTK-aware"][:16])
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+def test_the_script_prints_and_draws_the_loss_under_every_scaling(extend_context, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RunDirectory, "plot", lambda self: None)
+    (tmp_path / "data").mkdir()
+    flags = {"--short": 16, "--long": 48, "--windows": 5, "--data": write_corpus(tmp_path / "data")}
+    training = RUN | {"--steps": 2, "--model.n-layers": 2}
+    extend_context.main([*command_line(flags | {"--out": tmp_path}), "--", *command_line(training)])
+    text = (tmp_path / "context.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    header, _, *lines = text.splitlines()
+    assert header == "| | 0 to 15 | 16 to 31 | 32 to 47 |"
+    rows = {name: losses for name, *losses in (line.strip("| ").split(" | ") for line in lines)}
+    assert list(rows) == list(extend_context.scalings(16, 48))
+    assert all(len(losses) == 3 and float(loss) > 0 for losses in rows.values() for loss in losses)
+    assert rows["dynamic NTK"][0] == rows["no scaling"][0]
+    assert rows["dynamic NTK"][2] == rows["NTK-aware"][2]
+    assert (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
+    assert config_of(tmp_path / "rope")["model"]["max_seq_len"] == 16

@@ -5,7 +5,9 @@
 
 One model is trained with windows of `short` tokens, then reads windows of `long` ones without more training. Unscaled,
 its loss rises where positions were never met; the scalings of llm/modules/position_encoding/context_extension.py differ
-in how much of that they undo, and in what they cost on short texts. Blog: Position encoding, longer context.
+in how much of that they undo, and in what they cost on short texts. Each stretch of `short` positions is read at the
+end of a text that ends there, as a user would who has no more: dynamic NTK does then only what that length needs, and
+on short texts nothing, while the others do not look at the length. Blog: Position encoding, longer context.
 """
 
 import io
@@ -57,13 +59,13 @@ class Arguments:
 
 
 def scalings(short: int, long: int) -> dict[str, Scaling | None]:
-    """Every way to read `long / short` times as far, by name."""
+    """Every way to read `long / short` times as far, by name. Dynamic NTK finds that factor itself: its own stays 1."""
     factor = long / short
     return {
         "no scaling": None,
         "linear interpolation": LinearInterpolation(factor),
         "NTK-aware": NTKAware(factor),
-        "dynamic NTK": DynamicNTK(factor, short),
+        "dynamic NTK": DynamicNTK(1.0, short),
         "YaRN": YaRN(factor, short),
         "Llama 3 bands": Llama3Bands(factor, short),
     }
@@ -80,6 +82,12 @@ def loss_by_position(model: RoPEDecoder, windows: Tensor, scaling: Scaling | Non
         logits = model(batch[:, :-1])
         total += F.cross_entropy(logits.transpose(1, 2).float(), batch[:, 1:], reduction="none").sum(0).cpu()
     return total / len(windows)
+
+
+def loss_as_texts_grow(model: RoPEDecoder, windows: Tensor, scaling: Scaling | None, short: int) -> Tensor:
+    """(N, T + 1) windows -> nats at each position, (T,): each stretch of `short` positions as the end of its text."""
+    ends = range(short, windows.shape[1], short)
+    return torch.cat([loss_by_position(model, windows[:, : end + 1], scaling)[-short:] for end in ends])
 
 
 def table(losses: dict[str, Tensor], short: int) -> str:
@@ -124,7 +132,8 @@ def main(arguments: list[str] | None = None) -> None:
     model, _ = load_run(flags.out / "rope", find_device())
     windows = eval_windows(open_tokens(flags.data).eval, flags.long, flags.windows)
     ways = scalings(flags.short, flags.long).items()
-    losses = {name: loss_by_position(model, windows, scaling) for name, scaling in tqdm(ways, unit="scaling")}
+    progress = tqdm(ways, unit="scaling")
+    losses = {name: loss_as_texts_grow(model, windows, scaling, flags.short) for name, scaling in progress}
     text = table(losses, flags.short)
     write_atomically(flags.out / "context.md", text.encode())
     draw(losses, flags.short, flags.out / "context.png")

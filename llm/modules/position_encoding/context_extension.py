@@ -7,7 +7,7 @@ complete a turn in L tokens. Each method below answers with other frequencies, f
 |----------------------|---------------------------------------------------------------------------------------------|
 | linear interpolation | f / factor: old angles, but neighbouring tokens come closer                                 |
 | NTK-aware            | theta' = theta factor^(d / (d - 2)): the slowest pair as above, the fastest as before       |
-| dynamic NTK          | the same with what the text at hand needs: factor n / L - (factor - 1), and 1 up to L       |
+| dynamic NTK          | the same with what a text of n tokens needs: growth n / L for factor, and 1 up to L         |
 | YaRN                 | f above beta_fast turns in L tokens, f / factor below beta_slow, a ramp over i between;     |
 |                      | and scores times (0.1 ln(factor) + 1)^2, since longer texts flatten the softmax             |
 | Llama 3              | f above high_freq_factor turns, f / factor below low_freq_factor, linear in turns between   |
@@ -55,7 +55,13 @@ class NTKAware:
 
 @dataclass(frozen=True)
 class DynamicNTK:
-    """A base that grows with the text, whose length is the largest position of the call + 1; section 3.3 of YaRN.
+    """NTKAware by what the text at hand needs. Its length n is the largest position of the call + 1:
+
+        growth = factor n / L - (factor - 1) for n > L, else 1        theta' = theta growth^(d / (d - 2))
+
+    With factor 1 that is max(1, n / L), the form of the paper: YaRN, arXiv 2309.00071, section 3.3, after a post by
+    emozilla on Reddit. Other factors are the form of transformers and its checkpoints (rope_type "dynamic") and grow
+    faster: with factor 4 a text of 4 L has growth 13, not 4.
 
     Keys in a cache were turned by the base of their time: decoding through one is not what the whole text gives.
     """
@@ -122,8 +128,10 @@ class YaRN:
 
 @dataclass(frozen=True)
 class Llama3Bands:
-    """The Llama 3 Herd of Models, arXiv 2407.21783: fast pairs kept, slow ones interpolated, in published values
-    factor 8 (32 in 3.2), low_freq_factor 1, high_freq_factor 4 and original_length 8192."""
+    """Fast pairs kept, slow ones interpolated, from Llama 3.1 on: `apply_scaling` in Meta's own code (meta-llama/
+    llama-models, models/llama3/model.py). Of the paper, The Llama 3 Herd of Models, arXiv 2407.21783, sections 3.2 and
+    3.4.2 on long contexts tell of theta = 500,000 and of no bands. Published values are factor 8 (32 in 3.2),
+    low_freq_factor 1, high_freq_factor 4 and original_length 8192."""
 
     factor: float
     original_length: int
