@@ -343,6 +343,15 @@ def test_learned_positions_end_with_an_error_that_names_the_flag():
     assert model(torch.zeros(1, n, dtype=torch.int64)).shape == (1, n, VOCABULARY)
 
 
+def test_learned_positions_end_in_a_cache_too():
+    model = tiny_model("learned_position")
+    cache = model.make_cache(2, 64, torch.tensor([0, 3]))
+    model(torch.zeros(2, 60, dtype=torch.int64), cache)
+    with pytest.raises(ValueError, match=r"70 tokens do not fit.*max_seq_len = 64"):
+        model(torch.zeros(2, 10, dtype=torch.int64), cache)
+    assert model(torch.zeros(2, 4, dtype=torch.int64), cache).isfinite().all()
+
+
 @pytest.mark.parametrize("n_heads", [1, 2, 3, 5, 8, 12, 16, 20, 33])
 def test_alibi_slopes_equal_those_of_bloom_and_mpt(n_heads):
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
