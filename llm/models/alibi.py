@@ -1,5 +1,7 @@
 """ALiBi decoder: scores fall with the distance, faster in some heads than in others; embeddings hold no positions.
 
+    score(i, j) = q_i . k_j / sqrt(d) - m_h (i - j)        m_h = 2^(-8 h / n_heads)        the baseline: m_h = 0
+
 Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation, arXiv 2108.12409.
 Blog: Position encoding, ALiBi.
 """

@@ -1,5 +1,7 @@
 """Attention with a learned sink in each head: the softmax may give its weight to nothing.
 
+    a_ij = exp(s_ij) / (exp(sink_h) + sum_j' exp(s_ij'))        the baseline: without exp(sink_h)
+
 gpt-oss-120b & gpt-oss-20b Model Card, arXiv 2508.10925. Blog: Attention, attention sinks.
 """
 

@@ -1,7 +1,11 @@
 """The textbook decoder that every variant is compared with.
 
-Sinusoidal positions, multi-head attention, a GELU feed-forward layer, RMSNorm before each of the two (pre-norm) and
-before the head, which shares its matrix with the token embedding.
+    x = sqrt(d_model) E[token_p] + PE(p)
+    x = x + attention(norm(x))        x = x + GELU(norm(x) W_up) W_down        in each block
+    logits = norm(x) E^T
+
+Sinusoidal positions PE, multi-head attention, a GELU feed-forward layer, RMSNorm before each of the two (pre-norm) and
+before the head, which shares its matrix E with the token embedding.
 
 Attention Is All You Need, arXiv 1706.03762; decoder-only as in GPT-2. Blog: Overview.
 """

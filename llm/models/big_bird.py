@@ -1,5 +1,8 @@
 """BigBird: a few global blocks, the blocks nearby and some drawn at random, other ones in each layer.
 
+    block i sees block j <= i where   j < n_global   or   i - j < n_window   or   j is one of i's n_random draws
+
+Where it sees its own block, a token sees what came before it, as in the baseline, where block i sees all j <= i.
 Big Bird: Transformers for Longer Sequences, arXiv 2007.14062, with causal order. Blog: Attention, sparse attention.
 """
 

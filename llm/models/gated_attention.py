@@ -1,5 +1,7 @@
 """Gated attention: a sigmoid of the layer's input scales every channel of the heads before they are mixed.
 
+    output = (sigmoid(x W_g) * [head_1 .. head_H]) W_o        the baseline: [head_1 .. head_H] W_o
+
 Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free, arXiv 2505.06708.
 Blog: Attention; case studies (Qwen3-Next).
 """

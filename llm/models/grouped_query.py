@@ -1,5 +1,7 @@
 """Grouped-query attention: each group of query heads shares one key and one value head.
 
+    head_h = Attention(x W_q^h, x W_k^g, x W_v^g)        g = floor(h n_kv_heads / n_heads)        the baseline: g = h
+
 Between multi-head (as many groups as heads) and multi-query attention (one): nearly the quality of the first at nearly
 the cache of the second. GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints,
 arXiv 2305.13245. Blog: Attention, GQA and MQA.

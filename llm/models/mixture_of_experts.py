@@ -3,7 +3,7 @@
     FFN(x) = shared(x) + sum over the top k of weight_i expert_i(x)        weight_i = p_i(x) / sum of the chosen p
 
 By default an expert is a quarter of the baseline's layer, and three routed ones and the shared one make up a whole: the
-work for a token is the baseline's, with four times its feed-forward parameters.
+work for a token is the baseline's and that of the router, with (16 + 1) / 4 = 4.25 times its feed-forward parameters.
 
 Top-k with weights that sum to 1: Mixtral of Experts, arXiv 2401.04088. Shared and fine-grained experts: DeepSeekMoE,
 arXiv 2401.06066. Blog: FFN and MoE.

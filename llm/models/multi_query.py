@@ -1,5 +1,7 @@
 """Multi-query attention: all query heads share one key and one value head.
 
+    head_h = Attention(x W_q^h, x W_k, x W_v)        the baseline: W_k^h and W_v^h for each head
+
 The cache shrinks by the number of heads, and with it the memory that each generated token must read.
 Fast Transformer Decoding: One Write-Head is All You Need, arXiv 1911.02150. Blog: Attention, GQA and MQA.
 """

@@ -1,5 +1,7 @@
 """NoPE decoder: no position encoding at all. The causal mask alone tells a token how much came before it.
 
+    x_p = sqrt(d_model) E[token_p]        the baseline: sqrt(d_model) E[token_p] + PE(p)
+
 The Impact of Positional Encoding on Length Generalization in Transformers, arXiv 2305.19466.
 Blog: Position encoding, none.
 """

@@ -1,5 +1,9 @@
 """RoPE decoder: queries and keys are turned by their positions, and nothing is added to the embedding.
 
+    score(i, j) = (R_i q_i) . (R_j k_j) / sqrt(d) = q_i . R_(j - i) k_j / sqrt(d)        the baseline: without R
+
+R_p turns channels c and c + d/2 of a head, as a pair, by p theta^(-2c / d): what is left is the distance.
+
 RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv 2104.09864. Blog: Position encoding, RoPE.
 """
 

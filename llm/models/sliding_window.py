@@ -1,5 +1,7 @@
 """Sliding-window attention: each token sees the last `window_size` tokens, itself among them.
 
+    token i sees token j where i - window_size < j <= i        the baseline: j <= i
+
 Cost and cache stop growing with the text. A layer hands on what it saw, so after L layers a token knows of L windows.
 Longformer: The Long-Document Transformer, arXiv 2004.05150; Mistral 7B, arXiv 2310.06825.
 Blog: Attention, sparse attention.

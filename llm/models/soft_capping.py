@@ -1,4 +1,6 @@
-"""Soft-capped attention scores: c tanh(s / c) instead of s.
+"""Soft-capped attention: scores bend towards a ceiling instead of growing without bound.
+
+    score(i, j) = c tanh(s / c), s = q_i . k_j / sqrt(d)        the baseline: s
 
 Gemma 2: Improving Open Language Models at a Practical Size, arXiv 2408.00118. Blog: Attention; case studies.
 """

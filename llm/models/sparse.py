@@ -1,5 +1,8 @@
 """Sparse Transformer with its "fixed" pattern: layers look in turn into their own block and at all blocks' summaries.
 
+    even layers: token i sees j <= i where floor(j / stride) = floor(i / stride)
+    odd layers:  token i sees j <= i where j mod stride >= stride - n_summary, or j = i        the baseline: j <= i
+
 Even layers: the tokens since the block of `stride` began. Odd layers: the last `n_summary` tokens of every block, which
 have just gathered what is in theirs. So two layers reach every finished block, and with a stride of sqrt(T) each looks
 at a multiple of sqrt(T) keys instead of T. The paper offers three ways to combine the two patterns: one per layer in

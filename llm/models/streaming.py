@@ -1,5 +1,7 @@
 """StreamingLLM: the first tokens of the text kept beside a sliding window.
 
+    token i sees token j <= i where   j < n_first   or   i - j < window_size        the baseline: j <= i
+
 The difference to `sliding_window` is what the first tokens are worth. Efficient Streaming Language Models with
 Attention Sinks, arXiv 2309.17453. Blog: Attention, attention sinks.
 """

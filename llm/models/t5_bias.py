@@ -1,5 +1,7 @@
 """T5-bias decoder: each head learns a number for each bucket of distances; embeddings hold no positions.
 
+    score(i, j) = q_i . k_j + b_h[bucket(i - j)]        the baseline: q_i . k_j / sqrt(d)
+
 As in T5, scores are not divided by sqrt(d). Exploring the Limits of Transfer Learning with a Unified Text-to-Text
 Transformer, arXiv 1910.10683. Blog: Position encoding, relative.
 """
