@@ -21,8 +21,8 @@ Configuration. A field is (ours, theirs, default): the name here, the name in co
 where config.json leaves it out; a default that is a string names another field of ours. `required` lists what
 config.json may say where the model knows one way only, `ignored` what has no effect on it. `read` takes out of
 config.json what needs more than a name (RoPE: llm/modules/position_encoding/rope_settings.py) and `write` puts it back.
-Null or text where a number is needed is an error. So is anything else in config.json that is not null or false: it
-could change the result unseen.
+A value of another kind than its default is an error. So is anything else in config.json that is not null, false or
+empty: it could change the result unseen.
 
 To add a model: put `published = Published(...)` on its class (llm/models/llama.py is the shortest example), and add it
 to MODELS. `load_pretrained`, `export_pretrained` and the errors of both follow from the tables.
@@ -161,6 +161,8 @@ class Published:
     out, as export does. A list in config.json must hold nothing else than these values."""
     nullable: frozenset[str] = frozenset()
     """Their fields that may be null, although what transformers takes where they are left out is not."""
+    heads_divide_width: bool = False
+    """Whether transformers refuses a hidden_size that is no multiple of num_attention_heads, whatever head_dim is."""
     ignored: frozenset[str] = frozenset()
     """Their fields that change nothing here, beside those that change nothing anywhere (IRRELEVANT)."""
     ignored_weights: Callable[[Mapping[str, Any]], str] = lambda config: ""
@@ -171,11 +173,18 @@ class Published:
     """The inverse: our config -> fields of theirs, which win over those of `fields`."""
 
 
-# Where a text begins and ends, how weights were drawn, what training and bookkeeping need: no logit depends on it.
+# No logit depends on these: transformers reads none of them in the forward of a model here.
 IRRELEVANT = re.compile(
+    # what training and bookkeeping need, and where a text begins and ends
     r"_.*|architectures|auto_map|model_type|quantization_config|transformers_version|torch_dtype|dtype|name_or_path|"
     r".*_token_id|tokenizer_class|initializer_range|use_cache|pretraining_tp|id2label|label2id|task_specific_params|"
-    r"attention_dropout|hidden_dropout|output_(router_logits|attentions|hidden_states)|router_aux_loss_coef|return_dict|max_length|do_sample"
+    r"attention_dropout|hidden_dropout|output_(router_logits|attentions|hidden_states|scores)|router_aux_loss_coef|"
+    r"return_dict(_in_generate)?|gradient_checkpointing|attn_implementation|num_labels|problem_type|finetuning_task|"
+    # how to sample, which today stands in generation_config.json
+    r"do_sample|temperature|top_[kp]|typical_p|(min|max)(_new)?_(length|tokens)|(repetition|length|diversity)_penalty|"
+    r"(encoder_)?no_repeat_ngram_size|num_(beams|beam_groups|return_sequences)|early_stopping|"
+    # notes of other programs: nanotron, unsloth, transformers.js, the first LLaMA conversions
+    r"is_llama_config|unsloth_\w+|transformers\.js_config|(tokenizer_)?model_max_length|max_sequence_length"
 )
 
 
@@ -189,13 +198,14 @@ def read_config(published: Published, config: Mapping[str, Any]) -> dict[str, An
         value = left.pop(their_name, default)
         if isinstance(default, str) and value in (None, default):
             value = ours[default]
-        check_number(their_name, value, nullable=default is None or their_name in published.nullable)
+        kind = type(default) if isinstance(default, bool | float) else int
+        check_kind(their_name, value, kind, nullable=default is None or their_name in published.nullable)
         ours[name] = value
     for name, allowed in published.required.items():
         require(name, left.pop(name, allowed[0]), allowed)
     ours |= published.read(left, ours)
     unknown = [name for name in left if name not in published.ignored and not IRRELEVANT.fullmatch(name)]
-    listed = ", ".join(f"{name} = {left[name]!r}" for name in sorted(unknown) if left[name] not in (None, False))
+    listed = ", ".join(f"{name} = {left[name]!r}" for name in sorted(unknown) if left[name])
     if listed:
         raise PretrainedError(
             f"config.json of model_type {published.model_type!r} sets {listed}, which this code does not know and "
@@ -204,10 +214,22 @@ def read_config(published: Published, config: Mapping[str, Any]) -> dict[str, An
     return ours
 
 
-def check_number(name: str, value: Any, nullable: bool = False) -> None:
-    """Raises PretrainedError for text, and for null unless it means something here. Lists and booleans pass."""
-    if isinstance(value, str) or (value is None and not nullable):
-        raise PretrainedError(f"config.json sets {name} to {json.dumps(value)}: this model needs a number there")
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "an object with fields"}
+
+
+def check_kind(name: str, value: Any, kind: type = int, nullable: bool = False) -> None:
+    """Raises PretrainedError for another kind of value; null passes where it means something here."""
+    allowed = (int, float) if kind is float else kind
+    fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+    if not fits and not (value is None and nullable):
+        raise PretrainedError(f"config.json sets {name} to {json.dumps(value)}: this model needs {KINDS[kind]} there")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises PretrainedError for anything but a whole number above zero."""
+    check_kind(name, value)
+    if value < 1:
+        raise PretrainedError(f"config.json sets {name} to {value}: it must be at least 1")
 
 
 def require(name: str, value: Any, allowed: Collection) -> None:
@@ -219,10 +241,19 @@ def require(name: str, value: Any, allowed: Collection) -> None:
 
 
 def write_config(published: Published, config: Any) -> dict[str, Any]:
-    """The config.json that `read_config` reads back to `config`, without what belongs to tokenizer and weights."""
+    """The config.json that `read_config` reads back to `config`, without what belongs to tokenizer and weights.
+
+    Raises PretrainedError where transformers would not open it.
+    """
+    if published.heads_divide_width and config.d_model % config.n_heads:
+        raise PretrainedError(
+            f"transformers opens no {published.architecture} with hidden_size = {config.d_model} and "
+            f"num_attention_heads = {config.n_heads}: n_heads must divide d_model (--model.n-heads), whatever head_dim "
+            "is. This model can be trained and kept as a run, but not exported"
+        )
     theirs = {"architectures": [published.architecture], "model_type": published.model_type}
     for name, their_name, default in published.fields:
         value = getattr(config, name)
-        if value is not None or default is not None:
-            theirs[their_name] = value
+        if value is not None or default is not None:  # a whole number is no float to transformers
+            theirs[their_name] = float(value) if isinstance(default, float) else value
     return theirs | published.write(config)

@@ -43,6 +43,7 @@ CASES = {
     "v3, yarn without mscale": (V3, dict(rope_parameters=YARN | {"beta_fast": 8.0})),
     "v3, linear": (V3, dict(rope_parameters={"rope_type": "linear", "rope_theta": 5e3, "factor": 3.0})),
     "v2": (V2, dict(topk_method="group_limited_greedy", routed_scaling_factor=16.0)),
+    "v2, tied": (V2, dict(topk_method="greedy", tie_word_embeddings=True)),
     "v2 lite, no groups whatever config.json says": (V2, dict(q_lora_rank=None, topk_method="greedy")),
     "v2, no groups, as null says": (V2, dict(topk_method="greedy", n_group=None, topk_group=None)),
     "v2, yarn of unlike mscales, dense": (
@@ -182,6 +183,8 @@ def test_a_checkpoint_in_fp8_is_what_transformers_makes_of_it(tmp_path, monkeypa
         (V2, {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
         (V2, {"norm_topk_prob": True}, "norm_topk_prob = True"),
         (V2, {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        (V2, {"num_experts_per_tok": None}, "num_experts_per_tok to null"),
+        (V3, {"num_nextn_predict_layers": "1"}, 'num_nextn_predict_layers to "1"'),
         (V2, {"topk_method": "group_limited_greedy", "n_group": None}, "n_group"),
         (V3, {"n_group": None}, "n_group to null"),
     ],

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
-from parity import assert_parity, assert_same_logits, draw_tokens, original, twins
+from parity import EAGER, assert_parity, assert_same_logits, draw_tokens, original, twins
 
 from llm.models.gemma import Gemma2, Gemma2Config, Gemma3, Gemma3Config, sizes
 from llm.name_table import PretrainedError, read_config
@@ -21,6 +21,7 @@ GEMMA2 = {
     "linear scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 3.0}},
 }
 FAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+NEAR = {"rope_type": "default", "rope_theta": 100.0}
 GEMMA3 = {
     "five local layers and a global one": {"num_hidden_layers": 6},
     "one key head, untied, every second layer": {
@@ -30,8 +31,9 @@ GEMMA3 = {
     },
     "linear scaling, in global layers only": {
         "layer_types": [LOCAL, GLOBAL, LOCAL],
-        "rope_parameters": {GLOBAL: FAR, LOCAL: {"rope_type": "default", "rope_theta": 100.0}},
+        "rope_parameters": {GLOBAL: FAR, LOCAL: NEAR},
     },
+    "three heads with keys of their own": {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3},
 }
 
 
@@ -45,6 +47,23 @@ def test_gemma3_equals_the_original(config, tmp_path):
     assert_parity(tmp_path, "Gemma3ForCausalLM", **HEADS, **config)
 
 
+SCALINGS = {
+    "dynamic": {"factor": 3.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": dict(factor=4.0, original_max_position_embeddings=16, low_freq_factor=1.0, high_freq_factor=4.0),
+}
+
+
+@pytest.mark.parametrize("rope_type", SCALINGS)
+def test_positions_are_scaled_in_global_layers_only_beyond_the_trained_length_too(tmp_path, rope_type):
+    far = {"rope_type": rope_type, "rope_theta": 5e3, **SCALINGS[rope_type]}
+    settings = {"layer_types": [LOCAL, GLOBAL, LOCAL], "rope_parameters": {GLOBAL: far, LOCAL: NEAR}}
+    wide = {**HEADS, "head_dim": 32, "max_position_embeddings": 16}
+    theirs, ours = twins(tmp_path, "Gemma3ForCausalLM", **wide, **settings)
+    assert ours.config.rope_scaling["rope_type"] == rope_type and ours.config.local_rope_theta == 100.0
+    assert_same_logits(theirs, ours)
+
+
 def rewrite(folder, without=(), **fields):
     """Change the config.json of a checkpoint."""
     file = folder / "config.json"
@@ -52,16 +71,23 @@ def rewrite(folder, without=(), **fields):
     file.write_text(json.dumps({name: config[name] for name in config.keys() - set(without)}), encoding="utf-8")
 
 
-@pytest.mark.parametrize("pattern", ["sliding_window_pattern", "_sliding_window_pattern"])
-def test_the_spelling_of_the_first_gemma3_files_means_the_same(pattern, tmp_path):
-    near = {"rope_type": "default", "rope_theta": 100.0}
-    settings = {"layer_types": [LOCAL, GLOBAL, LOCAL], "rope_parameters": {GLOBAL: FAR, LOCAL: near}}
+def test_the_spelling_of_the_first_gemma3_files_means_the_same(tmp_path):
+    settings = {"layer_types": [LOCAL, GLOBAL, LOCAL], "rope_parameters": {GLOBAL: FAR, LOCAL: NEAR}}
     theirs = original("Gemma3ForCausalLM", **HEADS, **settings)
     theirs.save_pretrained(tmp_path)
     older = {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 100.0}
     unknown_then = ("layer_types", "rope_parameters", "sliding_window_pattern", "_sliding_window_pattern")
     rewrite(tmp_path, without=unknown_then)
-    rewrite(tmp_path, **older, **{pattern: 2})
+    rewrite(tmp_path, **older, sliding_window_pattern=2)
+    assert_same_logits(theirs, load_pretrained(tmp_path))
+
+
+def test_a_pattern_that_transformers_only_notes_down_counts_here_as_little(tmp_path):
+    """Files of transformers 4.52 and later have it beside layer_types, under a name that is read no more."""
+    original("Gemma3ForCausalLM", **HEADS).save_pretrained(tmp_path)
+    rewrite(tmp_path, without=("layer_types", "sliding_window_pattern"), _sliding_window_pattern=2)
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path, **EAGER).eval()
+    assert theirs.config.layer_types == [LOCAL] * 3
     assert_same_logits(theirs, load_pretrained(tmp_path))
 
 
@@ -71,12 +97,18 @@ def test_the_spelling_of_the_first_gemma3_files_means_the_same(pattern, tmp_path
         ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "attn_logit_softcapping to null"),
         ("Gemma2ForCausalLM", {"sliding_window": None}, "sliding_window to null"),
         ("Gemma2ForCausalLM", {"attention_bias": True}, "attention_bias"),
-        ("Gemma2ForCausalLM", {"layer_types": [LOCAL, GLOBAL]}, "2 layer_types for 3 layers"),
+        ("Gemma2ForCausalLM", {"layer_types": [LOCAL, GLOBAL]}, "layer_types = .*: 3 layers need a list of 3"),
+        ("Gemma2ForCausalLM", {"layer_types": GLOBAL}, "layer_types = full_attention: 3 layers need a list of 3"),
+        ("Gemma2ForCausalLM", {"layer_types": [LOCAL, [GLOBAL], LOCAL]}, "layer_types"),
+        ("Gemma2ForCausalLM", {"rope_parameters": {GLOBAL: FAR}}, "full_attention"),
         ("Gemma2ForCausalLM", {"layer_types": [LOCAL, "chunked_attention", GLOBAL]}, "chunked_attention"),
         ("Gemma3ForCausalLM", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("Gemma3ForCausalLM", {"rope_parameters": {LOCAL: FAR}}, "scales RoPE in layers with a window"),
         ("Gemma3ForCausalLM", {"rope_parameters": FAR}, "rope_parameters"),
+        ("Gemma3ForCausalLM", {"rope_parameters": {GLOBAL: "linear"}}, "full_attention to .linear.*an object"),
+        ("Gemma3ForCausalLM", {"sliding_window_pattern": 0}, "sliding_window_pattern to 0: it must be at least 1"),
+        ("Gemma3ForCausalLM", {"rope_local_base_freq": "1e4"}, "rope_local_base_freq to .1e4.*a number"),
         ("Gemma3ForCausalLM", {"model_type": "gemma3"}, "gemma3_text.*gemma-3-270m.*gemma-3-1b"),
     ],
 )

@@ -181,6 +181,7 @@ def test_the_config_as_published_is_that_of_sizes():
         ("swiglu_limit", 5.0),
         ("attention_bias", False),
         ("layer_types", ["chunked_attention"] * 3),
+        ("layer_types", ["sliding_attention", "full_attention"]),
         ("sliding_window", None),  # transformers refuses it, too, in the first forward
         ("num_local_experts", None),
     ],

@@ -21,12 +21,15 @@ SHAPE = dict(
 )
 MIXTRAL = dict(architecture="MixtralForCausalLM", num_local_experts=5, **SHAPE)
 QWEN = dict(architecture="Qwen3MoeForCausalLM", num_experts=5, moe_intermediate_size=12, head_dim=16, **SHAPE)
+YARN = dict(rope_type="yarn", rope_theta=5e3, factor=4.0, original_max_position_embeddings=16)
 CASES = {
     "mixtral": (MIXTRAL, {}),
     "mixtral, wide heads, a window": (MIXTRAL, dict(head_dim=16, num_key_value_heads=3, sliding_window=6)),
     "mixtral, every expert for each token, tied": (MIXTRAL, dict(num_experts_per_tok=5, tie_word_embeddings=True)),
+    "mixtral, linear scaling": (MIXTRAL, dict(rope_parameters={"rope_type": "linear", "rope_theta": 5e3, "factor": 3})),
     "qwen3_moe": (QWEN, dict(norm_topk_prob=True)),
     "qwen3_moe, weights as they are, tied": (QWEN, dict(norm_topk_prob=False, tie_word_embeddings=True)),
+    "qwen3_moe, yarn": (QWEN | dict(head_dim=32), dict(rope_parameters=YARN)),
     "qwen3_moe, a dense layer, as many key heads": (QWEN, dict(num_key_value_heads=3, mlp_only_layers=[0])),
     "qwen3_moe, experts in every second layer": (
         QWEN,
@@ -75,7 +78,8 @@ MIXTRAL_8X22B = dict(
     **dict(num_key_value_heads=8, num_local_experts=8, rms_norm_eps=1e-05, router_aux_loss_coef=0.001),
     **dict(vocab_size=32000),
 )
-QWEN3_30B = dict(
+QWEN3_30B = dict(  # use_qk_norm as in Qwen3-Coder
+    use_qk_norm=True,
     **dict(architectures=["Qwen3MoeForCausalLM"], attention_bias=False, decoder_sparse_step=1, head_dim=128),
     **dict(hidden_size=2048, intermediate_size=6144, max_position_embeddings=40960, max_window_layers=48),
     **dict(mlp_only_layers=[], model_type="qwen3_moe", moe_intermediate_size=768, norm_topk_prob=True),
@@ -132,6 +136,10 @@ def test_a_dense_layer_outside_the_model_is_an_error_that_names_the_flag():
         (QWEN, "use_sliding_window", True),
         (QWEN, "shared_expert_intermediate_size", 16),
         (QWEN, "decoder_sparse_step", None),
+        (QWEN, "decoder_sparse_step", 0),
+        (QWEN, "decoder_sparse_step", "2"),
+        (QWEN, "mlp_only_layers", 1),
+        (QWEN, "use_qk_norm", False),
         (QWEN, "num_local_experts", None),
     ],
 )

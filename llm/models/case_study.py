@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from llm.config import ModelConfig, check_positive
 from llm.modules.masks import Visible, causal, window
 from llm.modules.position_encoding.rope_settings import Settings, make_scaling
+from llm.name_table import PretrainedError
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
@@ -64,7 +65,7 @@ class WindowedConfig(CaseStudyConfig):
         super().__post_init__()
         check_positive(self, "window_size")
         object.__setattr__(self, "layer_types", tuple(self.layer_types))  # JSON knows lists only
-        if not self.layer_types or set(self.layer_types) - set(LayerType.__args__):
+        if not self.layer_types or any(kind not in LayerType.__args__ for kind in self.layer_types):
             raise ValueError(
                 f"layer_types = {self.layer_types} must be one or several of {', '.join(LayerType.__args__)} "
                 "(--model.layer-types)"
@@ -76,3 +77,16 @@ class WindowedConfig(CaseStudyConfig):
     def visible(self, layer: int) -> Visible:
         """What the tokens of a layer see."""
         return window(self.window_size) if self.layer_type(layer) == "sliding_attention" else causal
+
+
+def read_layer_types(left: dict[str, Any], ours: dict[str, Any], period: int = 2) -> dict[str, Any]:
+    """`layer_types` as config.json has them or, where it does not, full attention in the last of each `period` layers.
+
+    Raises PretrainedError where there is not one for each layer.
+    """
+    types, n_layers = left.pop("layer_types", None), ours["n_layers"]
+    if types is None:
+        types = ("sliding_attention",) * (period - 1) + ("full_attention",)
+    elif not isinstance(types, list) or len(types) != n_layers:
+        raise PretrainedError(f"config.json sets layer_types = {types}: {n_layers} layers need a list of {n_layers}")
+    return {"layer_types": tuple(types)}

@@ -31,7 +31,7 @@ from llm.modules.multi_token_prediction import PredictionModule
 from llm.modules.position_encoding.context_extension import yarn_mscale
 from llm.modules.position_encoding.rope import RoPE
 from llm.modules.position_encoding.rope_settings import Settings, make_scaling, read_rope, write_rope
-from llm.name_table import Operation, PretrainedError, Published, check_number, join, require, same
+from llm.name_table import Operation, PretrainedError, Published, check_count, check_kind, join, require, same
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ FIELDS = (  # ours, theirs, and what transformers takes for V2 and for V3 where 
     ("n_dense_layers", "first_k_dense_replace", 0, 3),
     ("d_ff", "intermediate_size", 11_008, 18_432),
     ("n_experts", "n_routed_experts", 64, 256),
-    ("top_k", "num_experts_per_tok", 6, 8),
+    ("top_k", "num_experts_per_tok", None, 8),
     ("n_shared_experts", "n_shared_experts", 2, 1),
     ("d_expert", "moe_intermediate_size", 1407, 2048),
     ("n_groups", "n_group", None, 8),
@@ -220,6 +220,7 @@ def read_common(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_v2(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    check_count("num_experts_per_tok", ours["top_k"])  # transformers knows no default
     method = left.pop("topk_method", "greedy")
     require("topk_method", method, ("greedy", "group_limited_greedy"))
     if method == "greedy":
@@ -236,7 +237,7 @@ def write_v2(config: DeepseekV2Config) -> dict[str, Any]:
 
 def read_v3(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     for name in ("num_nextn_predict_layers", "num_mtp_layers"):  # transformers has two names for it, too
-        check_number(name, left.pop(name, None), nullable=True)
+        check_kind(name, left.pop(name, None), nullable=True)
     return read_common(left, ours) | {"n_mtp": 0}
 
 
@@ -258,6 +259,7 @@ class DeepseekV2(Transformer):
         fields=tuple((ours, theirs, v2) for ours, theirs, v2, _ in FIELDS),
         required=REQUIRED | {"mlp_bias": (False,), "scoring_func": ("softmax",), "norm_topk_prob": (False,)},
         nullable=NULLABLE,
+        heads_divide_width=True,
         ignored=IGNORED,
         read=read_v2,
         write=write_v2,

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from llm.config import check_positive
-from llm.models.case_study import LayerType, WindowedConfig
+from llm.models.case_study import LayerType, WindowedConfig, read_layer_types
 from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.attention.soft_capping import SoftCappedAttention, cap
@@ -29,8 +29,15 @@ from llm.modules.ffn.activations import gelu_tanh
 from llm.modules.ffn.glu import GLU
 from llm.modules.norms import ZeroCentredRMSNorm
 from llm.modules.position_encoding.rope import RoPE
-from llm.modules.position_encoding.rope_settings import make_scaling, normalise, read_rope, write_rope
-from llm.name_table import PretrainedError, Published, same
+from llm.modules.position_encoding.rope_settings import (
+    make_scaling,
+    normalise,
+    read_rope,
+    take_settings,
+    take_theta,
+    write_rope,
+)
+from llm.name_table import PretrainedError, Published, check_count, same
 
 
 @dataclass(frozen=True)
@@ -153,35 +160,26 @@ REQUIRED = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (Fals
 IGNORED = frozenset({"cache_implementation", "hidden_act", "sliding_window_size"})  # no part of transformers' model
 
 
-def read_layers(left: dict[str, Any], ours: dict[str, Any], period: int) -> dict[str, Any]:
-    """`layer_types` as written or, in files without it, full attention in the last of each `period` layers."""
-    types = left.pop("layer_types", None)
-    if types is None:
-        types = ("sliding_attention",) * (period - 1) + ("full_attention",)
-    elif len(types) != ours["n_layers"]:
-        raise PretrainedError(f"config.json has {len(types)} layer_types for {ours['n_layers']} layers")
-    return {"layer_types": tuple(types)}
-
-
 def read2(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    return read_layers(left, ours, period=2) | read_rope(left, ours)
+    return read_layer_types(left, ours) | read_rope(left, ours)
 
 
 def read3(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """RoPE of both kinds of layers, too: `rope_theta`, `rope_scaling` and `rope_local_base_freq`, or `rope_parameters`
     with a dict for each kind. Raises PretrainedError for layers with a window whose RoPE is scaled."""
-    periods = [left.pop(name, None) for name in ("sliding_window_pattern", "_sliding_window_pattern")]
-    parameters = dict(left.pop("rope_parameters", None) or {})
-    far, near = ({**(parameters.pop(kind, None) or {})} for kind in ("full_attention", "sliding_attention"))
-    far |= left.pop("rope_scaling", None) or {}
+    period = left.pop("sliding_window_pattern", 6)
+    check_count("sliding_window_pattern", period)
+    parameters = take_settings(left, "rope_parameters")
+    far, near = (take_settings(parameters, kind) for kind in ("full_attention", "sliding_attention"))
+    far |= take_settings(left, "rope_scaling")
     if parameters:
         left["rope_parameters"] = parameters  # not for any of our layers: an unknown field
     length = ours["max_seq_len"]
-    far = normalise(far, left.pop("rope_theta", None) or 1_000_000.0, length)
-    near = normalise(near, left.pop("rope_local_base_freq", None) or 10_000.0, length)
+    far = normalise(far, take_theta(left, "rope_theta", 1_000_000.0), length)
+    near = normalise(near, take_theta(left, "rope_local_base_freq", 10_000.0), length)
     if near["rope_scaling"]:
         raise PretrainedError(f"config.json scales RoPE in layers with a window ({near['rope_scaling']}): unknown here")
-    return read_layers(left, ours, periods[0] or periods[1] or 6) | far | {"local_rope_theta": near["rope_theta"]}
+    return read_layer_types(left, ours, period) | far | {"local_rope_theta": near["rope_theta"]}
 
 
 def write2(config: GemmaConfig) -> dict[str, Any]:
@@ -211,6 +209,7 @@ class Gemma2(Transformer):
         names=NAMES,
         fields=(*FIELDS, *FIELDS2),
         required=REQUIRED,
+        heads_divide_width=True,
         ignored=IGNORED,
         read=read2,
         write=write2,
@@ -241,6 +240,7 @@ class Gemma3(Transformer):
         names=NAMES,
         fields=(*FIELDS, *FIELDS3),
         required=REQUIRED,
+        heads_divide_width=True,
         ignored=IGNORED,
         read=read3,
         write=write3,

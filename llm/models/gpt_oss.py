@@ -11,7 +11,7 @@ that the large model fits one GPU of 80 GB. Blog: Case studies, GPT-OSS; Attenti
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from llm.models.case_study import WindowedConfig
+from llm.models.case_study import WindowedConfig, read_layer_types
 from llm.models.transformer import Transformer
 from llm.modules.attention.sinks import SinkAttention
 from llm.modules.blocks import Block
@@ -83,7 +83,6 @@ FIELDS = (
     ("n_experts", "num_local_experts", 128),
     ("top_k", "num_experts_per_tok", 4),
     ("window_size", "sliding_window", 128),
-    ("layer_types", "layer_types", ("sliding_attention", "full_attention")),
     ("norm_eps", "rms_norm_eps", 1e-5),
     ("tie_embeddings", "tie_word_embeddings", False),
 )
@@ -93,7 +92,7 @@ def read(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """Where config.json says nothing about RoPE, transformers takes what the published models have."""
     if not left.get("rope_parameters") and not left.get("rope_scaling"):
         left["rope_scaling"] = {"rope_type": "yarn", **yarn}
-    return read_rope(left, ours, default_theta=150_000.0)
+    return read_layer_types(left, ours) | read_rope(left, ours, default_theta=150_000.0)
 
 
 def write(config: GPTOSSConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from llm.modules.ffn.router import SoftmaxRouter, check_routing
 from llm.modules.norms import RMSNorm
 from llm.modules.position_encoding.rope import RoPE
 from llm.modules.position_encoding.rope_settings import make_scaling, read_rope, write_rope
-from llm.name_table import Published, check_number, join, same
+from llm.name_table import Published, check_count, check_kind, join, same
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def read(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     `mlp_only_layers` (counted from 0) excepted; transformers 5 writes the number of experts under a name of its own."""
     step, dense = left.pop("decoder_sparse_step", 1), left.pop("mlp_only_layers", None) or []
     n_experts = left.pop("num_local_experts", ours["n_experts"])
-    check_number("decoder_sparse_step", step)
-    check_number("num_local_experts", n_experts)
+    check_count("decoder_sparse_step", step)
+    check_kind("mlp_only_layers", dense, list)
+    check_count("num_local_experts", n_experts)
     sparse = [layer for layer in range(ours["n_layers"]) if layer not in dense and (layer + 1) % step == 0]
     dense_layers = tuple(layer for layer in range(ours["n_layers"]) if layer not in sparse)
     return {"n_experts": n_experts, "dense_layers": dense_layers, **read_rope(left, ours)}
@@ -127,7 +128,12 @@ class Qwen3MoE(Transformer):
         architecture="Qwen3MoeForCausalLM",
         names=NAMES,
         fields=FIELDS,
-        required={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
+        required={
+            "hidden_act": ("silu",),
+            "attention_bias": (False,),
+            "use_qk_norm": (True,),
+            "use_sliding_window": (False,),
+        },
         ignored=frozenset({"sliding_window", "max_window_layers"}),  # no window is in use
         read=read,
         write=write,
