@@ -16,6 +16,7 @@ from llm.models import MODELS, llama, mistral, qwen3
 
 PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 LONG = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+BANDS = {"rope_type": "llama3", **LONG, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 1024}
 LLAMAS = {
     "grouped heads": {"rope_parameters": PLAIN},
@@ -30,10 +31,7 @@ LLAMAS = {
         **WIDE_HEADS,
         "rope_parameters": {"rope_type": "yarn", **LONG, "attention_factor": 1.5, "beta_fast": 16.0, "truncate": False},
     },
-    "Llama 3's bands": {
-        **WIDE_HEADS,
-        "rope_parameters": {"rope_type": "llama3", **LONG, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    },
+    "Llama 3's bands": {**WIDE_HEADS, "rope_parameters": BANDS},
 }
 
 
@@ -58,12 +56,16 @@ MISTRALS = {
     "heads of another width and one key head": {"sliding_window": 5, "head_dim": 12, "num_key_value_heads": 1},
     "a tied head": {"sliding_window": 8, "tie_word_embeddings": True},
     "no window": {"sliding_window": None},
+    "an odd number of heads with keys of their own": {
+        **dict(hidden_size=30, num_attention_heads=3, num_key_value_heads=3, sliding_window=6)
+    },
+    "Llama 3's bands": {**WIDE_HEADS, "sliding_window": 6, "rope_parameters": BANDS},
 }
 
 
 @pytest.mark.parametrize("config", MISTRALS.values(), ids=MISTRALS)
 def test_mistral_equals_the_original_past_its_window(config, tmp_path):
-    assert_parity(tmp_path, "MistralForCausalLM", rope_parameters=PLAIN, **config)
+    assert_parity(tmp_path, "MistralForCausalLM", **{"rope_parameters": PLAIN} | config)
 
 
 def test_mistrals_window_matters_and_its_cache_holds_no_more(tmp_path):
@@ -80,6 +82,7 @@ QWENS = {
     "grouped heads": {"rope_parameters": PLAIN},
     "a tied head and one key head": {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "YaRN": {"num_attention_heads": 1, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "yarn", **LONG}},
+    "an odd number of heads": {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3},
 }
 
 
@@ -93,6 +96,7 @@ QWEN3S = {
     "heads as wide as a share of the stream": {"head_dim": 8, "rope_parameters": PLAIN},
     "heads of another width, an odd number": {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 16},
     "a tied head and one key head": {"head_dim": 12, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "YaRN": {**WIDE_HEADS, "rope_parameters": {"rope_type": "yarn", **LONG}},
 }
 
 
@@ -131,6 +135,7 @@ PUBLISHED = {
     "llama2-13b": 13_015_864_320,
     "llama2-70b": 68_976_648_192,
     "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
     "llama3.1-8b": 8_030_261_248,
     "llama3.1-70b": 70_553_706_496,
     "llama3.1-405b": 405_853_388_800,
@@ -144,6 +149,9 @@ PUBLISHED = {
     "qwen2-1.5b": 1_543_714_304,
     "qwen2-7b": 7_615_616_512,
     "qwen2-72b": 72_706_203_648,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
     "qwen3-0.6b": 596_049_920,
     "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096,
@@ -160,7 +168,7 @@ def test_every_published_size_is_tested():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_the_published_number_of_parameters(name):
-    Model = MODELS["llama" if name.startswith("llama") else name.split("-")[0]][0]
+    Model = next(Model for Model, Config in MODELS.values() if type(SIZES[name]) is Config)
     with torch.device("meta"):
         model = Model(SIZES[name])
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]

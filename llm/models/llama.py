@@ -70,6 +70,7 @@ sizes = {
     "llama2-13b": dict(llama2, d_model=5120, n_layers=40, n_heads=40, n_kv_heads=40, d_ff=13_824),
     "llama2-70b": dict(llama2, **wide, n_kv_heads=8),
     "llama3-8b": dict(llama3, d_model=4096, n_layers=32, n_heads=32, d_ff=14_336),
+    "llama3-70b": dict(llama3, **wide),
     "llama3.1-8b": dict(llama3, d_model=4096, n_layers=32, n_heads=32, d_ff=14_336) | scaled(8.0),
     "llama3.1-70b": dict(llama3, **wide) | scaled(8.0),
     "llama3.1-405b": dict(llama3, d_model=16_384, n_layers=126, n_heads=128, d_ff=53_248) | scaled(8.0),
@@ -91,6 +92,7 @@ class Llama(Transformer):
         names=NAMES,
         fields=FIELDS,
         required={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+        heads_divide_width=True,
         read=read_rope,
         write=write_rope,
     )

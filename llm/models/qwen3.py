@@ -37,13 +37,16 @@ def size(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, 
     return {**widths, **common, "tie_embeddings": tie_embeddings, **more}
 
 
-seven_b = {"vocab_size": 152_064, "max_seq_len": 131_072}
+large = {"vocab_size": 152_064, "max_seq_len": 131_072}
 three = {"head_dim": 128, "max_seq_len": 40_960}
 sizes = {
     "qwen2-0.5b": size(896, 24, 14, 2, 4864, True, max_seq_len=131_072),
     "qwen2-1.5b": size(1536, 28, 12, 2, 8960, True, max_seq_len=131_072),
-    "qwen2-7b": size(3584, 28, 28, 4, 18_944, False, **seven_b),
-    "qwen2-72b": size(8192, 80, 64, 8, 29_568, False, **seven_b, norm_eps=1e-5),
+    "qwen2-7b": size(3584, 28, 28, 4, 18_944, False, **large),
+    "qwen2-72b": size(8192, 80, 64, 8, 29_568, False, **large, norm_eps=1e-5),
+    "qwen2.5-3b": size(2048, 36, 16, 2, 11_008, True),  # the other sizes of Qwen2.5 are those of Qwen2
+    "qwen2.5-14b": size(5120, 48, 40, 8, 13_824, False, **large, norm_eps=1e-5),
+    "qwen2.5-32b": size(5120, 64, 40, 8, 27_648, False, **large, norm_eps=1e-5),
     "qwen3-0.6b": size(1024, 28, 16, 8, 3072, True, **three),
     "qwen3-1.7b": size(2048, 28, 16, 8, 6144, True, **three),
     "qwen3-4b": size(2560, 36, 32, 8, 9728, True, **three),
@@ -73,7 +76,7 @@ FIELDS = (
     ("norm_eps", "rms_norm_eps", 1e-6),
     ("tie_embeddings", "tie_word_embeddings", False),
 )
-FULL_ATTENTION = {"hidden_act": ("silu",), "use_sliding_window": (False,), "layer_types": ("full_attention",)}
+FULL_ATTENTION = {"hidden_act": ("silu",), "use_sliding_window": (False,), "layer_types": ("full_attention", None)}
 UNUSED_WINDOW = frozenset({"sliding_window", "max_window_layers"})
 
 
