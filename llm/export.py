@@ -1,6 +1,7 @@
 """Trained models out: a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` open.
 
     export_pretrained(model, "out/", tokenizer="data/tinystories/tokenizer-bpe.json")
+    export_pretrained(model, "out/", tokenizer="path/to/checkpoint/tokenizer.json")    # of a folder as the hub has it
 
 The rows and fields of the model's name table (llm/name_table.py) run backwards; the folder appears whole or not at all.
 """
@@ -16,7 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 
-from llm.hub_folder import CONFIG, INDEX, TOKENIZER, WEIGHTS
+from llm.hub_folder import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    is_hub_folder,
+    load_hub_tokenizer,
+    read_json,
+)
 from llm.models import MODELS
 from llm.models.transformer import Transformer
 from llm.name_table import PretrainedError, Published, parts, plan, write_config
@@ -24,6 +35,7 @@ from llm.stories import END_OF_TEXT
 from llm.tokenization import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000
+ABOUT_TEXT = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
 
 def export_pretrained(
@@ -31,7 +43,9 @@ def export_pretrained(
 ) -> Path:
     """Write `out`, a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` open; all or nothing.
 
-    Raises PretrainedError where no class of transformers computes what the model does, and where `out` holds something.
+    A tokenizer given as the tokenizer.json of a hub folder brings along what that folder says about the beginning and
+    the end of a text. Raises PretrainedError where no class of transformers computes what the model does, where it
+    refuses its shape, and where `out` holds something.
     """
     out, published = Path(out), getattr(type(model), "published", None)
     if published is None:
@@ -42,13 +56,18 @@ def export_pretrained(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PretrainedError(f"{out} exists and is not an empty folder: remove it or choose another")
     config = write_config(published, model.config) | {"dtype": str(model.tok_embed.weight.dtype).removeprefix("torch.")}
+    source = None
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = load_tokenizer(tokenizer)
+        source = Path(tokenizer).parent if is_hub_tokenizer(Path(tokenizer)) else None
+        tokenizer = load_hub_tokenizer(source) if source else load_tokenizer(tokenizer)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        write_tokenizer(temporary, tokenizer, config, model.config.max_seq_len)
+        if source:
+            copy_tokenizer(temporary, source, config)
+        else:
+            write_tokenizer(temporary, tokenizer, config, model.config.max_seq_len)
         write_weights(temporary, model, published, shard_bytes)
         if out.exists():
             out.rmdir()
@@ -60,6 +79,20 @@ def export_pretrained(
     return out
 
 
+def is_hub_tokenizer(path: Path) -> bool:
+    return path.name == TOKENIZER and is_hub_folder(path.parent)
+
+
+def copy_tokenizer(folder: Path, source: Path, config: dict[str, Any]) -> None:
+    """Write config.json with the ids that the hub folder `source` has there, and copy its files about text as they are:
+    which tokens begin and end one, what they are called, how a chat is written."""
+    ids = {name: value for name, value in read_json(source / CONFIG).items() if name.endswith("_token_id")}
+    write_json(folder / CONFIG, config | ids)
+    for name in ABOUT_TEXT:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
 def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str, Any], max_seq_len: int) -> None:
     """Write config.json and, from the tokenizer, which ids begin and end a text: none where there is no tokenizer.
 
@@ -68,7 +101,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str,
     end = None if tokenizer is None else tokenizer.token_to_id(END_OF_TEXT)
     special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     write_json(folder / CONFIG, config | special)
-    write_json(folder / "generation_config.json", special)
+    write_json(folder / GENERATION_CONFIG, special)
     if tokenizer is None:
         return
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -79,7 +112,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str,
     tokenizer.save(str(folder / TOKENIZER))
     names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), None if end is None else END_OF_TEXT)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len}
-    write_json(folder / "tokenizer_config.json", settings | names | {"clean_up_tokenization_spaces": False})
+    write_json(folder / TOKENIZER_CONFIG, settings | names | {"clean_up_tokenization_spaces": False})
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -8,16 +8,20 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from llm.name_table import PretrainedError
-from llm.quantized import dequantize_fp8, dequantize_mxfp4
+from llm.quantized import block_counts, dequantize_fp8, dequantize_mxfp4
 
-CONFIG, INDEX, WEIGHTS, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 
 
 def is_hub_folder(path: Path) -> bool:
@@ -26,8 +30,10 @@ def is_hub_folder(path: Path) -> bool:
     return (path / CONFIG).is_file() and not (path / "manifest.json").exists() and not (path / "checkpoints").exists()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises PretrainedError where there is no such file or no JSON object in it."""
+def read_json(file: Path, optional: bool = False) -> dict[str, Any]:
+    """Raises PretrainedError where there is no such file (empty if that is optional) or no JSON object in it."""
+    if optional and not file.is_file():
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -37,63 +43,155 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def load_hub_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a hub folder. Special tokens written in a text become their ids.
+
+    It puts `bos_token` before a text where tokenizer_config.json says `add_bos_token`, even if tokenizer.json has no
+    rule for it, as with DeepSeek: transformers 4 added one then, 5 goes by tokenizer.json alone. Otherwise it adds
+    nothing of its own. Raises PretrainedError where tokenizer.json is missing or broken; a tokenizer.model is not read.
+    """
+    file, settings = Path(folder) / TOKENIZER, read_json(Path(folder) / TOKENIZER_CONFIG, optional=True)
+    if not file.is_file():
+        raise PretrainedError(f"{file} is missing: without it there is no text, only tokens")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise PretrainedError(f"{file} is not a tokenizer file ({error}): download it again") from None
+    tokenizer.no_padding()  # which a file may ask for, and transformers does not do by itself
+    tokenizer.no_truncation()
+    bos = settings.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    if settings.get("add_bos_token") and isinstance(bos, str):
+        number = tokenizer.token_to_id(bos)
+        if number is None:
+            raise PretrainedError(f"{file} has no {bos!r}, which {TOKENIZER_CONFIG} puts before each text")
+        if tokenizer.encode("").ids[:1] != [number]:
+            tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, number)])
+    elif tokenizer.post_processor is None:
+        tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    return tokenizer
+
+
+def stop_tokens(path: Path) -> tuple[int, ...]:
+    """The tokens after which a published model has finished: none for a run of ours, which ends at <|endoftext|>."""
+    if not is_hub_folder(path):
+        return ()
+    settings = read_json(path / CONFIG) | read_json(path / GENERATION_CONFIG, optional=True)
+    ends = settings.get("eos_token_id")
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
+class Stored(NamedTuple):
+    """A tensor as the header of its file describes it; `dtype` as safetensors calls it."""
+
+    file: Path
+    opened: safe_open
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape} in {self.file}"
+
+
 class Checkpoint:
     """The tensors of a folder by the names that its model has for them, read one at a time.
 
     A quantised tensor stands in several parts in the file; here it has one name and one shape like the others.
+    Raises PretrainedError for parts that do not belong together.
     """
 
     def __init__(self, folder: Path, quantization: dict[str, Any] | None, stack: ExitStack):
         self.blocks = check_quantization(folder, quantization)
-        self.files = {}  # name of each stored tensor -> its open file
+        self.parts: dict[str, Stored] = {}
         for file in weight_files(folder):
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise PretrainedError(f"{file} cannot be read: {error}; download it again") from None
-            self.files |= dict.fromkeys(opened.keys(), opened)
+            names = opened.keys()
+            for name in names:
+                header = opened.get_slice(name)
+                self.parts[name] = Stored(file, opened, tuple(header.get_shape()), header.get_dtype())
         self.shapes = dict(self.read_shapes())
 
     def read_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for name, file in self.files.items():
-            shape = tuple(file.get_slice(name).get_shape())
-            if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in self.files:
-                n_experts, n_out, n_blocks, n_bytes = shape
-                yield name.removesuffix("_blocks"), (n_experts, 2 * n_blocks * n_bytes, n_out)
-            elif not (name.endswith("_scales") or name.endswith("_scale_inv")):
-                yield name, shape
+        for name, part in self.parts.items():
+            if name.endswith("_blocks"):
+                whole = name.removesuffix("_blocks")
+                self.check_mxfp4(whole)
+                n_experts, n_out, n_blocks, n_bytes = part.shape
+                yield whole, (n_experts, 2 * n_blocks * n_bytes, n_out)
+            elif name.endswith("_scales"):
+                self.check_mxfp4(name.removesuffix("_scales"))
+            elif name.endswith("_scale_inv"):
+                self.check_fp8(name.removesuffix("_scale_inv"))
+            else:
+                yield name, part.shape
+
+    def check_mxfp4(self, name: str) -> None:
+        """Raises PretrainedError where blocks (E, out, n, 16) and scales (E, out, n) of bytes are not what is there."""
+        blocks, scales = self.parts.get(name + "_blocks"), self.parts.get(name + "_scales")
+        if None in (blocks, scales):
+            there, missing = ("blocks", "scales") if blocks else ("scales", "blocks")
+            raise PretrainedError(f"{name}_{there} ({blocks or scales}) has no {name}_{missing}")
+        if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, 16) or {blocks.dtype, scales.dtype} != {"U8"}:
+            raise PretrainedError(f"{name}_blocks ({blocks}) and {name}_scales ({scales}) are not MXFP4")
+
+    def check_fp8(self, name: str) -> None:
+        """Raises PretrainedError where `name` is no matrix in float8 with a scale for each block."""
+        weight, scales = self.parts.get(name), self.parts[name + "_scale_inv"]
+        if weight is None:
+            raise PretrainedError(f"{name}_scale_inv ({scales}) has no {name}")
+        numbers = weight.dtype in FLOAT8 and scales.dtype in DTYPES
+        if not numbers or len(weight.shape) != 2 or scales.shape != block_counts(weight.shape, self.blocks):
+            raise PretrainedError(
+                f"{name} ({weight}) and {name}_scale_inv ({scales}) are not FP8 in blocks of {self.blocks}"
+            )
+
+    def check_dtype(self, name: str) -> None:
+        """Raises PretrainedError for numbers that would be read as something else: float8 without scales, integers."""
+        part = self.parts.get(name)
+        if part is None or part.dtype in DTYPES or name + "_scale_inv" in self.parts:
+            return
+        lacks = f" without {name}_scale_inv" if part.dtype in FLOAT8 else ""
+        raise PretrainedError(f"{name} ({part}) is not read{lacks}: take the same model in bf16")
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.files[name].get_slice(name)[:0].dtype
+        """What a tensor is stored in; bf16 for a quantised one."""
+        return DTYPES.get(self.parts[name].dtype, torch.bfloat16)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor; `dtype` is what a quantised one is expanded to, others come as they are."""
-        if name + "_blocks" in self.files:
+        if name + "_blocks" in self.parts:
             return dequantize_mxfp4(self.stored(name + "_blocks"), self.stored(name + "_scales"), dtype)
-        if name + "_scale_inv" in self.files:
+        if name + "_scale_inv" in self.parts:
             return dequantize_fp8(self.stored(name), self.stored(name + "_scale_inv"), dtype, self.blocks)
         return self.stored(name)
 
     def stored(self, name: str) -> Tensor:
-        return self.files[name].get_tensor(name)
+        return self.parts[name].opened.get_tensor(name)
 
 
-def check_quantization(folder: Path, quantization: dict[str, Any] | None) -> tuple[int, int]:
+def check_quantization(folder: Path, quantization: Any) -> tuple[int, int]:
     """The block size of FP8; raises PretrainedError for weights in a form that is not expanded here."""
-    method = (quantization or {}).get("quant_method")
-    blocks = (quantization or {}).get("weight_block_size")
-    if quantization and method != "mxfp4" and not (method == "fp8" and blocks):
+    settings = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    method, blocks = settings.get("quant_method"), settings.get("weight_block_size")
+    sized = isinstance(blocks, list) and len(blocks) == 2 and all(isinstance(n, int) and n > 0 for n in blocks)
+    if quantization and method != "mxfp4" and not (method == "fp8" and sized):
         raise PretrainedError(
             f"{folder / CONFIG}: quantization_config {quantization} is not read. Read are mxfp4, and fp8 with "
             "weight_block_size; or take the same model in bf16"
         )
-    return tuple(blocks or (128, 128))
+    return tuple(blocks) if sized else (128, 128)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The .safetensors files of a folder; raises PretrainedError where one is missing or there are only others."""
     if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        where = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise PretrainedError(f"{folder / INDEX} has no weight_map from tensors to files: download it again")
+        names = sorted(set(where.values()))
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise PretrainedError(f"{folder / name} is missing, {INDEX} names it: download it again")

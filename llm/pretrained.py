@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import tyro
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from llm.export import export_pretrained
@@ -26,7 +25,6 @@ from llm.hub_folder import CONFIG, TOKENIZER, Checkpoint, is_hub_folder, read_js
 from llm.models import MODELS
 from llm.models.transformer import Transformer
 from llm.name_table import PretrainedError, Step, parts, plan, read_config
-from llm.tokenization import load_tokenizer
 
 NEVER_NEEDED = r".*rotary_emb\.inv_freq"  # old files store what RoPE computes
 REFUSED = {
@@ -40,7 +38,8 @@ def load_pretrained(
 ) -> Transformer:
     """The model of a hub folder in evaluation mode, in `dtype`, or in that of its embedding where none is given.
 
-    Raises PretrainedError, before any tensor is read, where the folder is not what this code reads exactly.
+    Raises PretrainedError where the folder is not what this code reads exactly: before any tensor is read, but for a
+    head that config.json ties to the embedding and that is another matrix, which only the two tensors can tell.
     """
     path = Path(path)
     config = read_json(path / CONFIG)
@@ -64,7 +63,7 @@ def load_pretrained(
 
 def find_model(path: Path, config: dict[str, Any]) -> tuple[type[Transformer], type]:
     """The model and the config class of a config.json's model_type; raises PretrainedError for an unknown one."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind in REFUSED:
         raise PretrainedError(f"{path / CONFIG}: model_type {kind!r} is not read: {REFUSED[kind]}")
     pairs = (pair for pair in MODELS.values() if hasattr(pair[0], "published"))
@@ -76,23 +75,6 @@ def find_model(path: Path, config: dict[str, Any]) -> tuple[type[Transformer], t
     return known[kind]
 
 
-def load_hub_tokenizer(path: Path) -> Tokenizer:
-    """Raises PretrainedError where the folder has no tokenizer.json; a tokenizer.model is not read."""
-    if not (Path(path) / TOKENIZER).is_file():
-        raise PretrainedError(f"{Path(path) / TOKENIZER} is missing: without it there is no text, only tokens")
-    return load_tokenizer(Path(path) / TOKENIZER)
-
-
-def stop_tokens(path: Path) -> tuple[int, ...]:
-    """The tokens after which a published model has finished: none for a run of ours, which ends at <|endoftext|>."""
-    if not is_hub_folder(path):
-        return ()
-    file = path / "generation_config.json"
-    settings = read_json(path / CONFIG) | (read_json(file) if file.is_file() else {})
-    ends = settings.get("eos_token_id")
-    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
-
-
 def check(path: Path, model: Transformer, steps: list[Step], files: Checkpoint, ignored: str) -> None:
     """Raises PretrainedError naming what is missing, left over or of another shape; only headers have been read."""
     tensors, wanted = model.state_dict(), {}
@@ -100,6 +82,8 @@ def check(path: Path, model: Transformer, steps: list[Step], files: Checkpoint, 
         shapes = (tuple(x.shape) for x in step.operation.save(parts(tensors, step)))
         wanted |= zip(step.theirs, shapes, strict=True)
     common = wanted.keys() & files.shapes.keys()
+    for name in sorted(common):
+        files.check_dtype(name)
     ignored = re.compile(f"{NEVER_NEEDED}|{ignored}|{re.escape(tied_head(model) or '')}")
     problems = {
         "missing": sorted(wanted.keys() - common),
@@ -157,6 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     flags = tyro.extras.subcommand_cli_from_dict({"export": Export}, args=arguments)
     model, tokenizer = load_run(flags.run, torch.device("cpu"))
+    if is_hub_folder(flags.run):
+        tokenizer = flags.run / TOKENIZER  # with all that stands beside it
     print(f"wrote {export_pretrained(model, flags.out, tokenizer)}")
 
 

@@ -34,7 +34,7 @@ def dequantize_fp8(weight: Tensor, scales: Tensor, dtype: torch.dtype, block: tu
     Blocks at the lower and right edge may be smaller. One row of blocks is expanded at a time.
     """
     rows, columns = block
-    if scales.shape != (-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)):
+    if scales.shape != block_counts(weight.shape, block):
         raise ValueError(
             f"scales {tuple(scales.shape)} do not fit {tuple(weight.shape)} in blocks of {rows} x {columns}"
         )
@@ -43,3 +43,8 @@ def dequantize_fp8(weight: Tensor, scales: Tensor, dtype: torch.dtype, block: tu
         band = slice(i * rows, (i + 1) * rows)
         out[band] = weight[band].float() * scale.repeat_interleave(columns)[: weight.shape[1]]
     return out
+
+
+def block_counts(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """How many blocks cover a matrix in each direction."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])

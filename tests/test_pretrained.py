@@ -1,9 +1,12 @@
 """Reading and writing published checkpoints: every layout, every refusal, and one stored tensor in memory at a time."""
 
+import contextlib
 import json
 import shutil
 import weakref
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,24 +14,33 @@ import torch
 from conftest import redraw, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import assert_as_precise_in_bf16, assert_same_logits, draw_tokens, logits, original, twins
+from parity import EAGER, assert_as_precise_in_bf16, assert_same_logits, draw_tokens, logits, original, twins
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from training import write_corpus
 
 from llm.config import TrainConfig
 from llm.data import open_tokens
 from llm.generate import begin, load_run, write
 from llm.generate import main as generate
-from llm.hub_folder import Checkpoint
+from llm.hub_folder import Checkpoint, load_hub_tokenizer, stop_tokens
 from llm.models import MODELS
+from llm.models.deepseek import sizes as deepseek_sizes
+from llm.models.gemma import Gemma2, Gemma2Config
 from llm.models.llama import Llama, LlamaConfig
-from llm.modules.position_encoding.rope_settings import normalise
+from llm.models.llama import sizes as llama_sizes
+from llm.models.mistral import sizes as mistral_sizes
+from llm.models.mixtral import sizes as mixtral_sizes
+from llm.models.qwen3 import sizes as qwen_sizes
+from llm.modules.position_encoding.rope_settings import make_scaling, normalise
 from llm.name_table import PretrainedError, deinterleave, join, plan, read_config, same, split, transpose
-from llm.pretrained import export_pretrained, load_pretrained
+from llm.pretrained import export_pretrained, find_model, load_pretrained
 from llm.pretrained import main as pretrained
 from llm.quantized import FP4_VALUES, dequantize_fp8, dequantize_mxfp4
+from llm.tokenization import train_bpe
 from llm.train import train
 
+PUBLISHED = {name: pair for name, pair in MODELS.items() if hasattr(pair[0], "published")}
 SMALL = {"vocab_size": 97, "max_seq_len": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
 
 
@@ -132,7 +144,18 @@ BF16 = {
     "LlamaForCausalLM": {},
     "Qwen3ForCausalLM": {"head_dim": 12},
     "Olmo2ForCausalLM": {},
+    "Gemma2ForCausalLM": {
+        **dict(head_dim=12, query_pre_attn_scalar=12, sliding_window=6),
+        **dict(attn_logit_softcapping=1.5, final_logit_softcapping=2.0),
+    },
     "Gemma3ForCausalLM": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 6},
+    # every expert for each token: rounding may decide a near tie of two experts otherwise, here as in transformers
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 4},
+    "GptOssForCausalLM": {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 4, "sliding_window": 6},
+    "DeepseekV3ForCausalLM": {
+        **dict(qk_rope_head_dim=32, num_key_value_heads=None, first_k_dense_replace=1),
+        **dict(n_routed_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1),
+    },
 }
 
 
@@ -218,6 +241,13 @@ def test_a_missing_and_a_truncated_shard_are_named(tmp_path):
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"model.norm.weight": 1}}])
+def test_an_index_without_a_map_is_refused(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(PretrainedError, match=r"index\.json has no weight_map"):
+        load_pretrained(folder)
+
+
 def test_an_index_cannot_name_files_elsewhere(tmp_path):
     folder = export_pretrained(tiny_llama(), tmp_path / "out", shard_bytes=20_000)
     shutil.copy(next(folder.glob("*.safetensors")), tmp_path / "x.safetensors")
@@ -258,7 +288,24 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
         ({"attention_bias": True}, r"attention_bias = True: this model knows False only"),
         ({"logits_scaling": 8.0}, r"sets logits_scaling = 8\.0, which this code does not know"),
         ({"num_key_value_heads": 3}, r"n_kv_heads = 3 does not divide n_heads = 4"),
-        ({"hidden_size": "wide"}, r"sets hidden_size to \"wide\": this model needs a number"),
+        ({"hidden_size": "wide"}, r"sets hidden_size to \"wide\": this model needs a whole number"),
+        ({"num_hidden_layers": [1]}, r"sets num_hidden_layers to \[1\]: this model needs a whole number"),
+        ({"num_hidden_layers": 1.5}, r"sets num_hidden_layers to 1\.5: this model needs a whole number"),
+        ({"num_attention_heads": True}, r"sets num_attention_heads to true: this model needs a whole number"),
+        ({"rms_norm_eps": "1e-5"}, r"sets rms_norm_eps to \"1e-5\": this model needs a number"),
+        ({"tie_word_embeddings": 1}, r"sets tie_word_embeddings to 1: this model needs true or false"),
+        ({"rope_theta": "1e4"}, r"sets rope_theta to \"1e4\": this model needs a number"),
+        ({"rope_theta": 0}, r"theta = 0 must be positive"),
+        ({"rope_scaling": "linear"}, r"sets rope_scaling to \"linear\": this model needs an object"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, r"'linear' sets factor to '4': that is no value"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, r"'linear' sets factor to True: that is no value"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope_type = \['linear'\] is not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, r"full_attention of RoPE to .*yarn.*a number"),
+        ({"rope_parameters": {"rope_theta": [1]}}, r"sets rope_theta to \[1\]: this model needs a number"),
+        ({"rope_interleaved": True}, r"sets rope_interleaved = True, which this code does not know"),
+        ({"model_type": ["llama"]}, r"\['llama'\].* is not known"),
+        ({"quantization_config": "fp8"}, r"quantization_config fp8 is not read"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, r"quantization_config .*: 128"),
         ({"head_dim": 7}, r"rotary_dim = 7 must be even"),
         ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, r"rope_type = 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "su"}}, r"rope_type = 'su' is not supported"),
@@ -278,16 +325,184 @@ def test_a_config_that_would_be_read_wrongly_is_refused_by_name(folder, changes,
 
 def test_fields_that_change_nothing_are_passed_over(folder):
     extra = {"pretraining_tp": 1, "torch_dtype": "float32", "use_cache": True, "some_switch": False, "_name": "x"}
-    edit_config(folder, **extra, eos_token_id=[1, 2])
+    notes = {"is_llama_config": True, "rope_interleaved": False, "unsloth_fixed": True, "max_sequence_length": 64}
+    notes |= {"transformers.js_config": {"dtype": "q4"}, "pruned_heads": {}, "gradient_checkpointing": True}
+    sampling = {"temperature": 0.6, "top_p": 0.9, "max_length": 64, "num_beams": 1, "repetition_penalty": 1.1}
+    edit_config(folder, **extra, **notes, **sampling, eos_token_id=[1, 2])
     assert same_parameters(load_pretrained(folder), tiny_llama())
 
 
-@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config"])
+JUNK = (True, -1, 0, 1.5, "x", [1], [[1]], {"factor": "x"})
+FEW = {"n_layer": 1, "num_hidden_layers": 1, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_whatever_a_field_holds_the_model_is_built_or_the_error_is_ours(name):
+    """Every field of config.json in turn, at its published default otherwise; nothing is drawn on the meta device."""
+    transformers = pytest.importorskip("transformers")
+    Model, Config = PUBLISHED[name]
+    config = transformers.AutoConfig.for_model(Model.published.model_type).to_dict()
+    config |= {field: n for field, n in FEW.items() if field in config}
+    config |= dict.fromkeys(("rope_scaling", "rope_theta", "layer_types"))
+    built, refused = set(), set()
+    for field in config:
+        for junk in (None, *JUNK):
+            try:
+                with torch.device("meta"):
+                    Model(Config(**read_config(Model.published, config | {field: junk})))
+                built.add(field)
+            except ValueError:
+                refused.add(field)
+    assert "use_cache" in built - refused and "vocab_size" in refused
+
+
+@pytest.mark.parametrize("rope_type", SCALINGS)
+def test_whatever_a_setting_of_rope_is_the_error_is_ours(rope_type):
+    good = {"rope_type": rope_type, **SCALINGS[rope_type]}
+    normalise(good, 1e4, 64)
+    for name in (*good, "rope_theta", "beta_fast", "truncate"):
+        for junk in JUNK:
+            with contextlib.suppress(ValueError):
+                make_scaling(normalise(good | {name: junk}, 1e4, 64)["rope_scaling"])
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in ("gpt2", "gemma3")])
+def test_a_dict_for_each_type_of_layer_is_refused_where_there_is_one_rope(name):
+    nested = {"full_attention": {"rope_type": "linear", "factor": 8.0}}
+    Model = PUBLISHED[name][0]
+    with pytest.raises(ValueError, match="full_attention of RoPE"):
+        read_config(Model.published, {"num_experts_per_tok": 2, "rope_parameters": nested})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_fields_left_out_are_what_transformers_takes(name):
-    theirs = getattr(pytest.importorskip("transformers"), name)()
-    Model, Config = next(pair for pair in MODELS.values() if pair[1].__name__ == name)
-    empty, whole = (Config(**read_config(Model.published, config)) for config in ({}, theirs.to_dict()))
-    assert replace(empty, head_dim=empty.head_width) == replace(whole, head_dim=whole.head_width)
+    Model, Config = PUBLISHED[name]
+    theirs = pytest.importorskip("transformers").AutoConfig.for_model(Model.published.model_type).to_dict()
+    needed = {"num_experts_per_tok": 6} if name == "deepseek_v2" else {}  # transformers cannot do without either
+    ours = [Config(**read_config(Model.published, config | needed)) for config in ({}, theirs)]
+    empty, whole = (spelled_out(config) for config in ours)
+    assert empty == whole
+    if needed:
+        with pytest.raises(PretrainedError, match="num_experts_per_tok to null"):
+            read_config(Model.published, {})
+
+
+def spelled_out(config):
+    """With what stands for more: a width that follows from others, a pattern of layers."""
+    more = {"head_dim": config.head_width} if hasattr(config, "head_width") else {}
+    if hasattr(config, "layer_types"):
+        more["layer_types"] = tuple(map(config.layer_type, range(config.n_layers)))
+    return replace(config, **more)
+
+
+# config.json as published, and the number of parameters that the model card has
+COMMON = dict(attention_bias=False, attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, use_cache=True)
+COMMON |= dict(tie_word_embeddings=False, torch_dtype="bfloat16", rope_scaling=None, rope_theta=1000000.0)
+WITHOUT_BIAS = {name: value for name, value in COMMON.items() if name != "attention_bias"}
+CONFIGS = {
+    "llama2-7b": (
+        llama_sizes,
+        6_738_415_616,
+        dict(
+            **dict(architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_act="silu"),
+            **dict(hidden_size=4096, initializer_range=0.02, intermediate_size=11008, max_position_embeddings=4096),
+            **dict(model_type="llama", num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32),
+            **dict(pretraining_tp=1, rms_norm_eps=1e-05, rope_scaling=None, tie_word_embeddings=False),
+            **dict(torch_dtype="float16", transformers_version="4.31.0.dev0", use_cache=True, vocab_size=32000),
+        ),
+    ),
+    "llama3.1-8b": (
+        llama_sizes,
+        8_030_261_248,
+        COMMON
+        | dict(
+            **dict(architectures=["LlamaForCausalLM"], bos_token_id=128000, eos_token_id=[128001, 128008, 128009]),
+            **dict(hidden_size=4096, intermediate_size=14336, max_position_embeddings=131072, mlp_bias=False),
+            **dict(model_type="llama", num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8),
+            **dict(pretraining_tp=1, rms_norm_eps=1e-05, rope_theta=500000.0, vocab_size=128256),
+            rope_scaling=dict(
+                **dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+                rope_type="llama3",
+            ),
+        ),
+    ),
+    "mistral-7b-v0.1": (
+        mistral_sizes,
+        7_241_732_096,
+        dict(
+            **dict(architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_act="silu"),
+            **dict(hidden_size=4096, initializer_range=0.02, intermediate_size=14336, max_position_embeddings=32768),
+            **dict(model_type="mistral", num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8),
+            **dict(rms_norm_eps=1e-05, rope_theta=10000.0, sliding_window=4096, tie_word_embeddings=False),
+            **dict(torch_dtype="bfloat16", transformers_version="4.34.0.dev0", use_cache=True, vocab_size=32000),
+        ),
+    ),
+    "qwen2-7b": (
+        qwen_sizes,
+        7_615_616_512,
+        WITHOUT_BIAS
+        | dict(
+            **dict(architectures=["Qwen2ForCausalLM"], bos_token_id=151643, eos_token_id=151643, hidden_size=3584),
+            **dict(intermediate_size=18944, max_position_embeddings=131072, max_window_layers=28, model_type="qwen2"),
+            **dict(num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4, rms_norm_eps=1e-06),
+            **dict(sliding_window=131072, use_sliding_window=False, vocab_size=152064),
+        ),
+    ),
+    "qwen3-8b": (
+        qwen_sizes,
+        8_190_735_360,
+        COMMON
+        | dict(
+            **dict(architectures=["Qwen3ForCausalLM"], bos_token_id=151643, eos_token_id=151645, head_dim=128),
+            **dict(hidden_size=4096, intermediate_size=12288, max_position_embeddings=40960, max_window_layers=36),
+            **dict(model_type="qwen3", num_attention_heads=32, num_hidden_layers=36, num_key_value_heads=8),
+            **dict(rms_norm_eps=1e-06, sliding_window=None, use_sliding_window=False, vocab_size=151936),
+        ),
+    ),
+    "mixtral-8x7b": (
+        mixtral_sizes,
+        46_702_792_704,
+        WITHOUT_BIAS
+        | dict(
+            **dict(architectures=["MixtralForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_size=4096),
+            **dict(intermediate_size=14336, max_position_embeddings=32768, model_type="mixtral"),
+            **dict(num_attention_heads=32, num_experts_per_tok=2, num_hidden_layers=32, num_key_value_heads=8),
+            **dict(num_local_experts=8, output_router_logits=False, rms_norm_eps=1e-05, router_aux_loss_coef=0.02),
+            **dict(sliding_window=None, vocab_size=32000),
+        ),
+    ),
+    "deepseek-v2-lite": (
+        deepseek_sizes,
+        15_706_484_224,
+        COMMON
+        | dict(
+            **dict(architectures=["DeepseekV2ForCausalLM"], aux_loss_alpha=0.001, bos_token_id=100000),
+            **dict(auto_map={"AutoConfig": "configuration_deepseek.DeepseekV2Config"}, eos_token_id=100001),
+            **dict(first_k_dense_replace=1, hidden_size=2048, intermediate_size=10944, kv_lora_rank=512),
+            **dict(max_position_embeddings=163840, model_type="deepseek_v2", moe_intermediate_size=1408, n_group=1),
+            **dict(moe_layer_freq=1, n_routed_experts=64, n_shared_experts=2, norm_topk_prob=False, topk_group=1),
+            **dict(num_attention_heads=16, num_experts_per_tok=6, num_hidden_layers=27, num_key_value_heads=16),
+            **dict(pretraining_tp=1, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+            **dict(rms_norm_eps=1e-06, rope_theta=10000, routed_scaling_factor=1.0, scoring_func="softmax"),
+            **dict(seq_aux=True, topk_method="greedy", vocab_size=102400),
+            rope_scaling=dict(
+                **dict(beta_fast=32, beta_slow=1, factor=40, mscale=0.707, mscale_all_dim=0.707, type="yarn"),
+                original_max_position_embeddings=4096,
+            ),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_published_config_is_the_model_of_its_size(name):
+    sizes, n_parameters, published = CONFIGS[name]
+    Model, Config = find_model(Path(name), published)
+    config = Config(**read_config(Model.published, published))
+    assert spelled_out(config) == spelled_out(sizes[name])
+    with torch.device("meta"):
+        model = Model(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters
 
 
 # --- the table of names
@@ -381,8 +596,9 @@ def test_fp8_equals_transformers_and_a_loop_also_where_blocks_are_cut_off():
         dequantize_fp8(weight[:130, :200], scales, torch.float32)
 
 
-def test_a_checkpoint_in_fp8_is_expanded_while_it_is_read(folder):
-    scales = {}
+def store_in_fp8(folder) -> dict[str, torch.Tensor]:
+    """Matrices in float8 with a scale for 16 x 16 weights; returns what these numbers mean."""
+    meant = {}
 
     def quantize(weights):
         for name in [name for name in weights if "proj" in name]:
@@ -391,15 +607,63 @@ def test_a_checkpoint_in_fp8_is_expanded_while_it_is_read(folder):
             whole = scale.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
             weights[name] = (weights[name] / whole).to(torch.float8_e4m3fn)
             weights[name + "_scale_inv"] = scale
-            scales[name] = weights[name].float() * whole
+            meant[name] = weights[name].float() * whole
 
     edit_weights(folder, quantize)
     edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    return meant
+
+
+def test_a_checkpoint_in_fp8_is_expanded_while_it_is_read(folder):
+    meant = store_in_fp8(folder)
     model = load_pretrained(folder)
-    assert len(scales) == 14 and model.norm.weight.dtype == torch.float32
+    assert len(meant) == 14 and model.norm.weight.dtype == torch.float32
     for name in ("q_proj", "o_proj"):
-        expected = scales[f"model.layers.1.self_attn.{name}.weight"]
+        expected = meant[f"model.layers.1.self_attn.{name}.weight"]
         assert torch.equal(getattr(model.blocks[1].mixer, name).weight.detach(), expected)
+
+
+Q, NORM, EXPERTS = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight", "model.layers.1.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {Q + "_scale_inv": None},
+            rf"{Q} \(F8_E4M3 \(32, 32\) in .*tensors\) is not read without {Q}_scale_inv",
+        ),
+        ({Q: None}, rf"{Q}_scale_inv \(F32 \(2, 2\) in .*model.safetensors\) has no {Q}"),
+        ({Q + "_scale_inv": torch.ones(2, 3)}, rf"{Q} .*{Q}_scale_inv \(F32 \(2, 3\) .*blocks of \(16, 16\)"),
+        ({Q + "_scale_inv": torch.ones(2, 2, dtype=torch.uint8)}, rf"{Q}_scale_inv \(U8 .* are not FP8"),
+        ({Q: torch.ones(32, 32)}, rf"{Q} \(F32 .* are not FP8"),
+        ({NORM: torch.ones(32, dtype=torch.int64)}, rf"{NORM} \(I64 \(32,\) in .*model.safetensors\) is not read"),
+        ({NORM: torch.ones(32).to(torch.float8_e5m2)}, rf"{NORM} \(F8_E5M2 .* is not read without {NORM}_scale_inv"),
+        ({EXPERTS + "_blocks": mxfp4()[0]}, rf"{EXPERTS}_blocks \(U8 \(3, 6, 2, 16\).* has no {EXPERTS}_scales"),
+        ({EXPERTS + "_scales": mxfp4()[1]}, rf"{EXPERTS}_scales \(U8 \(3, 6, 2\).* has no {EXPERTS}_blocks"),
+        (
+            {EXPERTS + "_blocks": mxfp4()[0][0], EXPERTS + "_scales": mxfp4()[1]},
+            rf"{EXPERTS}_blocks \(U8 \(6, 2, 16\).* are not MXFP4",
+        ),
+        (
+            {EXPERTS + "_blocks": mxfp4()[0], EXPERTS + "_scales": mxfp4()[1][:, :1].contiguous()},
+            rf"{EXPERTS}_scales \(U8 \(3, 1, 2\).* are not MXFP4",
+        ),
+        ({EXPERTS + "_blocks": mxfp4()[0], EXPERTS + "_scales": mxfp4()[1].float()}, r"_scales \(F32 .*are not MXFP4"),
+    ],
+)
+def test_parts_of_quantised_tensors_that_do_not_fit_are_named_before_any_is_read(folder, monkeypatch, changes, says):
+    store_in_fp8(folder)
+
+    def change(weights):
+        weights.update({name: tensor for name, tensor in changes.items() if tensor is not None})
+        for name in [name for name, tensor in changes.items() if tensor is None]:
+            del weights[name]
+
+    edit_weights(folder, change)
+    monkeypatch.setattr(Checkpoint, "stored", lambda self, name: pytest.fail(f"{name} was read"))
+    with pytest.raises(PretrainedError, match=says):
+        load_pretrained(folder)
 
 
 # --- export
@@ -429,6 +693,189 @@ def test_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, mon
     assert list(tmp_path.iterdir()) == [out] and not list(out.iterdir())
     export_pretrained(tiny_llama(), out)
     assert same_parameters(load_pretrained(out), tiny_llama())
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "gpt2"])  # whose heads divide anyway
+def test_where_transformers_opens_no_such_shape_it_is_not_exported(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    Model, Config = PUBLISHED[name]
+    heads = {} if name.startswith("deepseek") else {"n_kv_heads": 1, "head_dim": 8}
+    shape = {"d_model": 36, "n_heads": 5, "n_layers": 2, "vocab_size": 97, "max_seq_len": 64}
+    model = Model(Config(**Config.small | shape | heads)).eval()
+    if Model.published.heads_divide_width:
+        with pytest.raises(Exception, match=r"\(36\) is not a multiple"):
+            transformers.AutoConfig.for_model(
+                Model.published.model_type, hidden_size=36, num_attention_heads=5, num_key_value_heads=1, head_dim=8
+            )
+        with pytest.raises(PretrainedError, match=r"heads = 5.*--model\.n-heads.*can be trained and kept"):
+            export_pretrained(model, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+    else:
+        out = export_pretrained(model, tmp_path / "out")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out, **EAGER).eval()
+        assert_same_logits(theirs, model)
+
+
+def test_a_whole_number_for_a_float_is_exported_as_transformers_wants_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 97, "n_layers": 1, "soft_cap": 50, "logit_soft_cap": 30}
+    out = export_pretrained(Gemma2(Gemma2Config(**Gemma2Config.small | shape)), tmp_path / "out")
+    assert transformers.AutoConfig.from_pretrained(out).attn_logit_softcapping == 50.0
+
+
+# --- text
+
+
+def byte_tokenizer(*special: str, first: str | None = None) -> Tokenizer:
+    """256 bytes and special tokens, none of them `<|endoftext|>`; `first` comes before each text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    if first is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{first} $A", special_tokens=[(first, 256)])
+    return tokenizer
+
+
+SPECIAL = ("<s>", "</s>", "<|im_end|>")
+PROMPT = "Once<|im_end|>upon"
+
+
+def write_json(file, content) -> None:
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A published folder with a tokenizer of its own, and an end of text that this model soon comes to."""
+    folder = export_pretrained(tiny_llama(vocab_size=259), tmp_path / "published")
+    byte_tokenizer(*SPECIAL, first="<s>").save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
+    model, prompt = load_pretrained(folder), load_hub_tokenizer(folder).encode(PROMPT).ids
+    text = [int(token) for token in model.generate(torch.tensor([prompt]), 12, lambda scores: scores.argmax(-1))]
+    ends = [257, text[8]]
+    edit_config(folder, bos_token_id=256, eos_token_id=ends, pad_token_id=257)
+    write_json(folder / "generation_config.json", {"bos_token_id": 256, "eos_token_id": ends})
+    return folder
+
+
+@pytest.mark.parametrize("says", ["both", "config.json", "generation_config.json"])
+@pytest.mark.parametrize("shell", [True, False])
+def test_an_export_of_a_published_model_ends_its_texts_where_that_did(hub, tmp_path, says, shell):
+    transformers = pytest.importorskip("transformers")
+    ends = stop_tokens(hub)
+    if says == "config.json":
+        (hub / "generation_config.json").unlink()
+    elif says == "generation_config.json":
+        edit_config(hub, eos_token_id=None)
+    if shell:
+        pretrained(["export", str(hub), str(tmp_path / "out")])
+    else:
+        export_pretrained(load_pretrained(hub), tmp_path / "out", tokenizer=hub / "tokenizer.json")
+    out, tokenizers = tmp_path / "out", transformers.AutoTokenizer
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    prompt = tokenizers.from_pretrained(out)(PROMPT, return_tensors="pt")
+    text = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
+    assert text[-1] in ends and not set(text[:-1]) & set(ends) and len(text) <= 9
+    assert tokenizers.from_pretrained(out).special_tokens_map == tokenizers.from_pretrained(hub).special_tokens_map
+    assert theirs.config.bos_token_id == 256 and theirs.config.pad_token_id == 257
+    assert stop_tokens(out) == ends
+    model, tokenizer = load_run(out, torch.device("cpu"))
+    assert write(model, tokenizer, [PROMPT], 20, stop=stop_tokens(out)) == [PROMPT + tokenizer.decode(text[:-1])]
+
+
+def test_the_tokens_that_end_a_text_stand_in_generation_config_or_in_config(hub):
+    ends = json.loads((hub / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    write_json(hub / "generation_config.json", {"eos_token_id": 258})
+    assert stop_tokens(hub) == (258,)
+    write_json(hub / "generation_config.json", {"temperature": 0.6})
+    assert stop_tokens(hub) == tuple(ends)
+    (hub / "generation_config.json").unlink()
+    assert stop_tokens(hub) == tuple(ends)
+    edit_config(hub, eos_token_id=None)
+    assert stop_tokens(hub) == ()
+
+
+NAMES = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+BOS = NAMES | {"bos_token": {"content": "<s>", "lstrip": False, "__type": "AddedToken"}, "add_bos_token": True}
+
+
+@pytest.mark.parametrize(
+    ("first", "settings", "begins"),
+    [
+        ("<s>", NAMES, [256]),
+        ("<s>", NAMES | {"add_bos_token": True}, [256]),
+        ("<s>", NAMES | {"add_bos_token": False}, [256]),
+        ("<s>", None, [256]),
+        (None, NAMES, []),
+        (None, NAMES | {"add_bos_token": False}, []),
+        (None, None, []),
+    ],
+)
+def test_a_published_tokenizer_begins_a_text_as_in_transformers(hub, first, settings, begins):
+    transformers = pytest.importorskip("transformers")
+    byte_tokenizer(*SPECIAL, first=first).save(str(hub / "tokenizer.json"))
+    (hub / "tokenizer_config.json").unlink()
+    if settings is not None:
+        write_json(hub / "tokenizer_config.json", settings)
+    theirs = transformers.AutoTokenizer.from_pretrained(hub)(PROMPT)["input_ids"]
+    assert begin(load_hub_tokenizer(hub), PROMPT) == theirs
+    assert len(theirs) == len(begins) + len("Once") + 1 + len("upon") and theirs[: len(begins)] == begins
+
+
+@pytest.mark.parametrize("settings", [BOS, BOS | {"bos_token": "<s>"}, BOS | {"tokenizer_class": "LlamaTokenizerFast"}])
+@pytest.mark.parametrize("offsets", [True, False])
+def test_a_text_begins_with_bos_where_only_the_settings_say_so_as_deepseeks_do(hub, settings, offsets):
+    """transformers 5 does it when told again, transformers 4 did it by itself."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = byte_tokenizer(*SPECIAL)
+    if offsets:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.save(str(hub / "tokenizer.json"))
+    write_json(hub / "tokenizer_config.json", settings)
+    told = transformers.AutoTokenizer.from_pretrained(hub, add_bos_token=True)(PROMPT)["input_ids"]
+    assert begin(load_hub_tokenizer(hub), PROMPT) == told and told[0] == 256
+    assert transformers.AutoTokenizer.from_pretrained(hub)(PROMPT)["input_ids"] == told[1:]
+
+
+def test_a_published_tokenizer_that_cannot_be_read_is_named_with_its_folder(hub):
+    write_json(hub / "tokenizer_config.json", BOS | {"bos_token": "<bos>"})
+    with pytest.raises(PretrainedError, match=r"published/tokenizer\.json has no '<bos>'"):
+        load_hub_tokenizer(hub)
+    (hub / "tokenizer.json").write_text("{}", encoding="utf-8")
+    for use in (load_hub_tokenizer, partial(load_run, device=torch.device("cpu"))):
+        with pytest.raises(PretrainedError, match=r"published/tokenizer\.json is not a tokenizer.*download it again"):
+            use(hub)
+    with pytest.raises(PretrainedError, match=r"tokenizer\.json is not a tokenizer"):
+        export_pretrained(tiny_llama(), hub / "out", tokenizer=hub / "tokenizer.json")
+    (hub / "tokenizer.json").unlink()
+    with pytest.raises(PretrainedError, match=r"published/tokenizer\.json is missing"):
+        load_run(hub, torch.device("cpu"))
+
+
+def test_a_prompt_is_neither_padded_nor_cut_whatever_a_tokenizer_was_saved_with(hub):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = byte_tokenizer(*SPECIAL)
+    tokenizer.enable_padding(length=30, pad_token="</s>", pad_id=257)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(hub / "tokenizer.json"))
+    ids = begin(load_hub_tokenizer(hub), PROMPT)
+    assert len(ids) == 9 and ids == transformers.AutoTokenizer.from_pretrained(hub)(PROMPT)["input_ids"]
+
+
+def test_our_own_tokenizers_take_special_tokens_in_a_text_for_plain_text():
+    tokenizer = train_bpe(["a b c"], 257)
+    assert begin(tokenizer, "<|endoftext|>") == [0, *tokenizer.encode("<|endoftext|>").ids]
+    assert 0 not in tokenizer.encode("<|endoftext|>").ids
+
+
+def test_a_tokenizer_without_an_end_of_text_writes_as_far_as_it_may():
+    tokenizer, model = byte_tokenizer("<s>"), tiny_llama(vocab_size=257)
+    assert begin(tokenizer, "Once") == tokenizer.encode("Once").ids
+    (text,) = write(model, tokenizer, ["Once"], 5)
+    assert text.startswith("Once")
 
 
 def test_a_trained_run_writes_the_same_text_in_transformers(tmp_path, capsys):
