@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from llm.accounting import describe, forward_flops, mean_keys, summary, units
 from llm.models import MODELS
@@ -28,7 +28,11 @@ def dense(model):
 
 
 def counted(model, run) -> int:
-    with FlopCounterMode(display=False) as counter:
+    def flops(q, k, v, *_, **__):
+        return 2 * q[:-1].numel() * k[2] * (q[3] + v[3])
+
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch 2.11 does not count
+    with FlopCounterMode(display=False, custom_mapping={} if fused in flop_registry else {fused: flops}) as counter:
         run(model)
     return counter.get_total_flops()
 

@@ -94,8 +94,12 @@ class Transformer(nn.Module):
         """Right after a forward: take the `aux_loss` that routers left behind in training, and let them count what they
         chose. What checkpointing recomputes later stays uncounted; an `aux_loss` left behind would break deepcopy."""
         count_choices(self)
-        left = (vars(module).pop("aux_loss", None) for module in self.modules())
-        return [loss for loss in left if loss is not None]
+        left = []
+        for module in self.modules():
+            if (loss := getattr(module, "aux_loss", None)) is not None:
+                left.append(loss)
+                module.aux_loss = None
+        return left
 
     def after_step(self) -> None:
         """Called after each optimiser step, on every rank: what a model changes outside the gradient."""

@@ -36,6 +36,8 @@ class Observed(nn.Module):
     def __init__(self, n_experts: int, aux_loss_coef: float, z_loss_coef: float):
         super().__init__()
         self.n_experts, self.aux_loss_coef, self.z_loss_coef = n_experts, aux_loss_coef, z_loss_coef
+        self.aux_loss: Tensor | None = None  # of the last forward in training, until it is taken
+        self.seen: Tensor | None = None  # what that forward chose
         self.total: Tensor | None = None  # sum of `seen` since the last step
         self.last_step: Tensor | None = None  # `total` of the step before, over all ranks
 
@@ -63,9 +65,9 @@ def observed(model: nn.Module) -> list[Observed]:
 def count_choices(model: nn.Module) -> None:
     """After a training forward: each router adds what it has just seen to its total."""
     for router in observed(model):
-        seen = vars(router).pop("seen", None)
-        if seen is not None:
-            router.total = seen if router.total is None else router.total + seen
+        if router.seen is not None:
+            router.total = router.seen if router.total is None else router.total + router.seen
+            router.seen = None
 
 
 @torch.no_grad()
@@ -80,8 +82,7 @@ def balance_experts(model: nn.Module) -> None:
         for router, total in zip(active, totals.split([router.n_experts + 3 for router in active]), strict=True):
             router.after_step(total)
     for router in observed(model):
-        router.total = None
-        vars(router).pop("seen", None)
+        router.total = router.seen = None
 
 
 def expert_metrics(model: nn.Module) -> dict[str, float | list[float]]:

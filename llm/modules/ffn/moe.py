@@ -77,7 +77,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     In one kernel where there is one. Under autocast in its precision, which the kernel would not find by itself.
     """
     device = rows.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if not rows.is_meta and torch.is_autocast_enabled(device):  # on meta autocast is not known
         dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
     if has_grouped_kernel(weight):
