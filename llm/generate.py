@@ -181,7 +181,7 @@ def compiled(decode: Callable[[Tensor, Cache], Tensor], cuda: bool) -> Callable[
         from torch._inductor import config as inductor  # costs seconds
 
         inductor.freezing = True  # weights are laid out once as the CPU's products want them: they must not change now
-        return torch.compile(decode, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+        return torch.compile(decode)
     replay = torch.compile(decode, mode="reduce-overhead")
 
     def step(tokens: Tensor, cache: Cache) -> Tensor:

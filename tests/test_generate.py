@@ -171,6 +171,11 @@ def test_a_step_that_fails_half_way_is_done_once(monkeypatch, capsys):
     assert "the graph was not recorded" in capsys.readouterr().err
 
 
+def test_a_step_that_breaks_into_several_graphs_keeps_its_layers_apart():
+    """In fp32 experts are computed outside the graph: what follows is one code for all layers, told apart by guards."""
+    equal_when_compiled("switch_transformer", compile_decoding)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_writes_the_same_when_its_step_is_compiled(name):
