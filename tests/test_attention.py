@@ -1,6 +1,7 @@
 """Attention: the fused path against the equation, masks against loops, caches against recomputing, mixers against
 transformers."""
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +18,7 @@ from llm.modules.attention.big_bird import big_bird, scramble
 from llm.modules.attention.core import attention, explicit_attention, fused_attention
 from llm.modules.attention.gated import GatedAttention
 from llm.modules.attention.multi_head import MultiHeadAttention
-from llm.modules.attention.query_blocks import blocked_attention, blocks_serve
+from llm.modules.attention.query_blocks import QueryBlocks, blocked_attention, blocks_serve
 from llm.modules.attention.sinks import SinkAttention, explicit_sink_attention, fused_sink_attention
 from llm.modules.attention.soft_capping import SoftCappedAttention, soft_capped_attention
 from llm.modules.attention.streaming import StreamingAttention, remember_first
@@ -26,6 +27,34 @@ from llm.modules.cache import Cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 T = 40
 POSITIONS = torch.arange(T)
+
+
+def by_loop(sees, length=T):
+    return torch.tensor([[sees(i, j) for j in range(length)] for i in range(length)])
+
+
+def big_bird_by_loop(i, j):
+    """Blocks of 3: one global, two nearby, two drawn by the mask's own hash, but listed as the docstring says."""
+    mine, other = i // 3, j // 3
+    candidates = list(range(1, mine - 1))
+    drawn = [
+        candidates[scramble(torch.tensor(mine), (5 * 1_000 + 2) * 1_000 + d) % len(candidates)]
+        for d in (0, 1)
+        if candidates
+    ]
+    return j <= i and (other == 0 or other >= mine - 1 or other in drawn)
+
+
+PATTERNS = {
+    "causal": (masks.causal, lambda i, j: j <= i),
+    "window": (masks.window(7), lambda i, j: i - 7 < j <= i),
+    "dilated": (masks.dilated(4, 3), lambda i, j: j in (i, i - 3, i - 6, i - 9)),
+    "strided": (masks.strided(6), lambda i, j: j in range(i, -1, -6)),
+    "own block": (masks.own_block(6), lambda i, j: j in range(i - i % 6, i + 1)),
+    "summaries": (masks.summaries(6, 2), lambda i, j: j == i or (j < i and j % 6 in (4, 5))),
+    "first and window": (masks.first_and_window(3, 5), lambda i, j: j <= i and (j < 3 or j > i - 5)),
+    "big bird": (big_bird(block_size=3, n_global=1, n_window=2, n_random=2, seed=5, layer=2), big_bird_by_loop),
+}
 
 
 def random_qkv(n_heads=4, n_kv_heads=4, queries=T, keys=T, head_dim=8, v_dim=8, dtype=torch.float64):
@@ -101,35 +130,62 @@ def test_attention_applies_mask_and_bias_together(visible):
     assert_same(attention(q, k, v, POSITIONS, POSITIONS, visible, None, 0.4), expected, q, k, v)
 
 
-CUT = {"causal": masks.causal, "window": masks.window(7), "dilated": masks.dilated(3, 5), "block": masks.own_block(9)}
-
-
-@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("length", [1, 127, 128, 300])
 @pytest.mark.parametrize(("v_dim", "scale"), [(8, None), (5, 0.7)])
 def test_blocks_of_queries_equal_the_equation(name, length, v_dim, scale):
     q, k, v = random_qkv(queries=length, keys=length, v_dim=v_dim)
     positions = torch.arange(length)
-    explicit = explicit_attention(q, k, v, masks.visibility(CUT[name], positions, positions), scale)
-    ours = blocked_attention(q, k, v, CUT[name], scale)
+    explicit = explicit_attention(q, k, v, masks.visibility(PATTERNS[name][0], positions, positions), scale)
+    ours = blocked_attention(q, k, v, PATTERNS[name][0], scale)
     assert_same(ours, explicit, *((q, k, v) if length > 1 else (v,)))
 
 
-@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("length", [T, 300])
 def test_blocks_of_queries_are_what_training_on_a_cpu_uses_and_gives_the_equation(name, length):
     shape = {"n_heads": 6, "n_kv_heads": 3, "queries": length, "keys": length}
     q, k, v = (x.detach().bfloat16().requires_grad_() for x in random_qkv(**shape))
-    assert blocks_serve(q, CUT[name])
+    assert blocks_serve(q, PATTERNS[name][0])
     assert not blocks_serve(q, masks.everything)
     positions = torch.arange(length)
-    ours = attention(q, k, v, positions, positions, CUT[name])
+    ours = attention(q, k, v, positions, positions, PATTERNS[name][0])
     assert type(ours.grad_fn).__name__ == "QueryBlocksBackward"
-    mask = masks.visibility(CUT[name], positions, positions)
+    mask = masks.visibility(PATTERNS[name][0], positions, positions)
     exact = explicit_attention(q.double(), k.double(), v.double(), mask)
     gradients = [torch.autograd.grad(y.double().square().sum(), (q, k, v)) for y in (ours, exact)]
     for mine, reference in zip((ours, *gradients[0]), (exact, *gradients[1]), strict=True):
         assert (mine.double() - reference.double()).norm() < 0.02 * reference.double().norm()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_blocks_of_queries_take_a_bias_and_give_its_gradient(name, batch):
+    q, k, v = random_qkv(queries=300, keys=300)
+    bias = torch.randn(*batch, 4, 300, 300, dtype=torch.float64, requires_grad=True)
+    mask = masks.visibility(PATTERNS[name][0], torch.arange(300), torch.arange(300))
+    explicit = explicit_attention(q, k, v, bias.masked_fill(~mask, -torch.inf))
+    assert_same(blocked_attention(q, k, v, PATTERNS[name][0], bias=bias), explicit, q, k, v, bias)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("length", [127, 300])
+def test_blocks_of_queries_take_sinks_and_give_their_gradient(name, length):
+    q, k, v = random_qkv(queries=length, keys=length)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    mask = masks.visibility(PATTERNS[name][0], torch.arange(length), torch.arange(length))
+    explicit = explicit_sink_attention(q, k, v, sinks, mask)
+    assert_same(blocked_attention(q, k, v, PATTERNS[name][0], sinks=sinks), explicit, q, k, v, sinks)
+
+
+@pytest.mark.parametrize("name", ["alibi", "t5_bias", "relative_position", "attention_sink", "qk_norm", "big_bird"])
+def test_training_on_a_cpu_in_bf16_takes_the_blocks(name, monkeypatch):
+    used = []
+    monkeypatch.setattr(QueryBlocks, "apply", lambda *args: used.append(args[0].dtype) or args[2])
+    model = tiny_model(name).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert used == [torch.bfloat16] * len(model.blocks)
 
 
 def test_one_query_against_a_cache_sees_all_of_it():
@@ -175,34 +231,6 @@ def test_the_cache_shrinks_by_the_number_of_heads_that_share():
     assert kv_bytes("multi_query", n_heads=8) * 8 == full
 
 
-def by_loop(sees, length=T):
-    return torch.tensor([[sees(i, j) for j in range(length)] for i in range(length)])
-
-
-def big_bird_by_loop(i, j):
-    """Blocks of 3: one global, two nearby, two drawn by the mask's own hash, but listed as the docstring says."""
-    mine, other = i // 3, j // 3
-    candidates = list(range(1, mine - 1))
-    drawn = [
-        candidates[scramble(torch.tensor(mine), (5 * 1_000 + 2) * 1_000 + d) % len(candidates)]
-        for d in (0, 1)
-        if candidates
-    ]
-    return j <= i and (other == 0 or other >= mine - 1 or other in drawn)
-
-
-PATTERNS = {
-    "causal": (masks.causal, lambda i, j: j <= i),
-    "window": (masks.window(7), lambda i, j: i - 7 < j <= i),
-    "dilated": (masks.dilated(4, 3), lambda i, j: j in (i, i - 3, i - 6, i - 9)),
-    "strided": (masks.strided(6), lambda i, j: j in range(i, -1, -6)),
-    "own block": (masks.own_block(6), lambda i, j: j in range(i - i % 6, i + 1)),
-    "summaries": (masks.summaries(6, 2), lambda i, j: j == i or (j < i and j % 6 in (4, 5))),
-    "first and window": (masks.first_and_window(3, 5), lambda i, j: j <= i and (j < 3 or j > i - 5)),
-    "big bird": (big_bird(block_size=3, n_global=1, n_window=2, n_random=2, seed=5, layer=2), big_bird_by_loop),
-}
-
-
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_pattern_is_what_a_loop_over_all_pairs_says(name):
     visible, sees = PATTERNS[name]
@@ -212,14 +240,12 @@ def test_a_pattern_is_what_a_loop_over_all_pairs_says(name):
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_nothing_beyond_its_reach_is_visible(name):
-    visible, _ = PATTERNS[name]
-    far = (POSITIONS[:, None] - POSITIONS[None]) >= getattr(visible, "reach", T)
-    seen = masks.visibility(visible, POSITIONS, POSITIONS)
-    assert not seen[far].any()
-    assert hasattr(visible, "reach") == (name in ("window", "dilated", "own block"))
-    if hasattr(visible, "reach"):
-        assert seen[(POSITIONS[:, None] - POSITIONS[None]) == visible.reach - 1].any()  # and not a slot too many
+def test_nothing_beyond_its_reach_is_visible_and_nothing_later(name):
+    visible = PATTERNS[name][0]
+    distance = (POSITIONS[:, None] - POSITIONS)[masks.visibility(visible, POSITIONS, POSITIONS)]
+    assert distance.min() == 0
+    assert distance.max() < visible.reach
+    assert math.isinf(visible.reach) or distance.max() == visible.reach - 1  # and not a slot too many
 
 
 @pytest.mark.parametrize("name", PATTERNS)

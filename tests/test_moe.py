@@ -16,7 +16,7 @@ from llm.modules.ffn.expert_choice import ExpertChoice
 from llm.modules.ffn.glu import SwiGLU
 from llm.modules.ffn.looped_experts import looped_linear
 from llm.modules.ffn.mlp import MLP
-from llm.modules.ffn.moe import GatedExperts, MoE, PlainExperts, grouped_linear
+from llm.modules.ffn.moe import GatedExperts, MoE, PlainExperts, grouped_linear, runs
 from llm.modules.ffn.router import SigmoidRouter, SoftmaxRouter, best_of_groups, check_routing
 from llm.modules.ffn.switch import SwitchRouter
 
@@ -64,6 +64,41 @@ def token_by_token(layer: MoE, x: torch.Tensor) -> torch.Tensor:
 
 
 # The layer
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_each_choice_has_a_row_of_its_own_in_the_run_of_its_expert(block):
+    expert = torch.tensor([0, 0, 0, 0, 0, 2, 3, 3, 3, 3])
+    row, ends, n_rows = runs(expert, 5, block)
+    assert row.tolist() == {1: list(range(10)), 4: [0, 1, 2, 3, 4, 8, 12, 13, 14, 15]}[block]
+    assert ends.tolist() == {1: [5, 5, 6, 10, 10], 4: [8, 8, 12, 16, 24]}[block]  # the last one takes what is left
+    assert ends.dtype is torch.int32
+    assert n_rows == ends[-1]
+    for crowded in range(5):  # the fullest layouts fit
+        row, ends, n_rows = runs(torch.full((13,), crowded), 5, block)
+        assert row.max() < ends[crowded] <= n_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_runs_are_filled_up_where_it_is_faster_and_that_changes_nothing(dtype, monkeypatch):
+    layer, x = moe().float().train(), inputs(4, 60).float().requires_grad_()
+    sizes = []
+    experts = layer.experts.forward
+    monkeypatch.setattr(layer.experts, "forward", lambda rows, ends: sizes.append(ends) or experts(rows, ends))
+
+    def outcome(block):
+        if block:
+            monkeypatch.setattr("llm.modules.ffn.moe.block_size", lambda *_: block)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            y = layer(x)
+        wanted = [x, *(p for p in layer.parameters())]
+        return y, *torch.autograd.grad(y.float().square().sum(), wanted)
+
+    default, plain = outcome(None), outcome(1)
+    in_blocks = not (sizes[0] % 32).any()
+    assert in_blocks == (dtype is torch.bfloat16)
+    for one, other in zip(default, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("experts", [GatedExperts, PlainExperts])

@@ -1,10 +1,12 @@
 """Which keys a query may see, as a predicate on positions.
 
 A predicate takes query positions (.., T, 1) and key positions (.., 1, S) and returns booleans (.., T, S): True where
-the query attends to the key. What cannot be said with positions is a mixer of its own.
+the query attends to the key. One that never shows a later key says so by its `reach`: how many tokens lie between a
+query and the farthest key that it may see, both counted. What cannot be said with positions is a mixer of its own.
 Blog: Attention, sparse attention.
 """
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -15,6 +17,9 @@ Visible = Callable[[Tensor, Tensor], Tensor]
 def causal(q_pos: Tensor, k_pos: Tensor) -> Tensor:
     """A query sees itself and what came before."""
     return k_pos <= q_pos
+
+
+causal.reach = math.inf
 
 
 def window(size: int) -> Visible:
@@ -50,6 +55,7 @@ def strided(stride: int) -> Visible:
     def visible(q_pos: Tensor, k_pos: Tensor) -> Tensor:
         return (k_pos <= q_pos) & ((q_pos - k_pos) % stride == 0)
 
+    visible.reach = math.inf
     return visible
 
 
@@ -76,6 +82,7 @@ def summaries(stride: int, n_summary: int) -> Visible:
     def visible(q_pos: Tensor, k_pos: Tensor) -> Tensor:
         return (k_pos <= q_pos) & ((k_pos % stride >= stride - n_summary) | (k_pos == q_pos))
 
+    visible.reach = math.inf
     return visible
 
 
@@ -88,6 +95,7 @@ def first_and_window(n_first: int, size: int) -> Visible:
     def visible(q_pos: Tensor, k_pos: Tensor) -> Tensor:
         return recent(q_pos, k_pos) | (k_pos < n_first) & (k_pos <= q_pos)
 
+    visible.reach = math.inf
     return visible
 
 

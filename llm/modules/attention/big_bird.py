@@ -10,6 +10,8 @@ The draws are a hash of (seed, layer, block, draw) and no table: the mask has no
 the same whenever and wherever it is asked for, so a text continued through a cache sees what it would see in one go.
 """
 
+import math
+
 from torch import Tensor
 
 from llm.modules.masks import Visible
@@ -34,6 +36,7 @@ def big_bird(*, block_size: int, n_global: int, n_window: int, n_random: int, se
             seen = seen | (j == drawn)
         return seen & (k_pos <= q_pos)
 
+    visible.reach = math.inf
     return visible
 
 

@@ -72,15 +72,16 @@ def attention(
 
     | cache, bias | device | dtype       | visible                  | way                                              |
     |-------------|--------|-------------|--------------------------|--------------------------------------------------|
-    | neither     | CPU    | bf16        | causal, window; T <= 512 | `blocked_attention`: in blocks of queries        |
+    | no cache    | CPU    | bf16        | with a reach; T <= 512   | `blocked_attention`: in blocks of queries        |
     | neither     | any    | any         | causal                   | fused kernel, without a mask                     |
     | neither     | CUDA   | not float64 | any                      | `flex_attention` where it compiles: skips blocks |
     | a cache     | any    | any         | any; at most 64 queries  | `few_queries_attention`: two plain products      |
     | any         | any    | any         | any                      | fused kernel, with the mask written out          |
     """
-    if bias is None and uncached(q_pos, k_pos):
-        if blocks_serve(q, visible):
-            return blocked_attention(q, share_heads(q, k), share_heads(q, v), visible, scale)
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the gain of a norm leaves them in fp32
+    if uncached(q_pos, k_pos) and blocks_serve(q, visible):
+        return blocked_attention(q, share_heads(q, k), share_heads(q, v), visible, scale, bias)
+    if uncached(q_pos, k_pos) and bias is None:
         if visible is causal:
             return fused_attention(q, k, v, scale=scale, is_causal=True)
         if q.is_cuda:

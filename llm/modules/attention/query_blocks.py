@@ -3,13 +3,14 @@
 A block of queries Q_i sees the keys K_i from the first of its window up to its own last one. So the scores above the
 diagonal's blocks, almost half of them, are never made, and plain products of this size are what a CPU is fastest at:
 
-    P_i = softmax(scale Q_i K_i^T)        O_i = P_i V_i
+    P_i = softmax(scale Q_i K_i^T + bias_i)        O_i = P_i V_i
 
     dV_i += P_i^T dO_i        dS_i = P_i * (dO_i V_i^T - sum(dO_i * O_i))        dQ_i = scale dS_i K_i
                                                                               dK_i += scale dS_i^T Q_i
 
-Unlike FlashAttention (flash.py) it keeps the probabilities for the way back: memory for T^2 / 2 numbers a head.
-Blog: Attention, multi-head attention and its cost.
+dS_i is the gradient of the bias, too. A sink (sinks.py) is one score more in each softmax, with value 0: of it dS is
+left with -P sum(dO * O). Unlike FlashAttention (flash.py) this keeps the probabilities for the way back: memory for
+T^2 / 2 numbers a head. Blog: Attention, multi-head attention and its cost.
 """
 
 from collections.abc import Iterator
@@ -25,57 +26,83 @@ LONGEST = 512  # tokens; for longer texts the fused kernel is as fast, and keeps
 
 
 def blocks_serve(q: Tensor, visible: Visible) -> bool:
-    """Whether this is the faster way: short texts in bf16 on a CPU, and a mask that lets the text be cut."""
-    cut = visible is causal or hasattr(visible, "reach")
-    return cut and q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[2] <= LONGEST
+    """Whether this is the faster way: short texts in bf16 on a CPU, and a mask that shows no later keys."""
+    looks_back = hasattr(visible, "reach")
+    return looks_back and q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[2] <= LONGEST
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible = causal, scale: float | None = None) -> Tensor:
+def blocked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Visible = causal,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """q and k (B, H, T, D), v (B, H, T, D_v), all of one text from position 0 on: -> (B, H, T, D_v).
 
-    `visible` must be `causal` or a window with a `reach` (masks.py).
+    `visible` must have a `reach` (masks.py); bias (H, T, T) or (B, H, T, T); sinks (H,).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return QueryBlocks.apply(q * scale, k, v, visible)
+    bias = None if bias is None else bias.to(q.dtype)
+    sinks = None if sinks is None else sinks.to(q.dtype)
+    return QueryBlocks.apply(q * scale, k, v, visible, bias, sinks)
 
 
 class QueryBlocks(torch.autograd.Function):
     """The equations above, for queries that are already scaled."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
-        shape = v.shape
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, visible: Visible, bias: Tensor | None, sinks: Tensor | None):
+        heads = q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T, D)
         out, probabilities = torch.empty_like(v), []
-        for rows, keys, mask in blocks(q.shape[1], visible):
-            scores = q[:, rows] @ k[:, keys].transpose(1, 2)
-            p = scores.add_(mask).softmax(-1)
-            out[:, rows] = p @ v[:, keys]
+        for rows, keys in blocks(q.shape[1], visible):
+            scores = (q[:, rows] @ k[:, keys].transpose(1, 2)).unflatten(0, heads)  # (B, H, queries, keys)
+            mask = hidden(rows, keys, visible, q.dtype)
+            scores += mask if bias is None else mask + bias[..., rows, keys]
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+            p = scores.softmax(-1).flatten(0, 1)
+            out[:, rows] = p[..., : mask.shape[1]] @ v[:, keys]
             probabilities.append(p)
-        ctx.visible = visible
-        ctx.save_for_backward(q, k, v, out, *probabilities)
-        return out.view(shape)
+        ctx.visible, ctx.with_sinks = visible, sinks is not None
+        ctx.save_for_backward(q, k, v, out, bias, *probabilities)
+        return out.unflatten(0, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        q, k, v, out, *probabilities = ctx.saved_tensors
-        shape, grad = grad.shape[:2], grad.flatten(0, 1)
+        q, k, v, out, bias, *probabilities = ctx.saved_tensors
+        heads, grad = grad.shape[:2], grad.flatten(0, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dbias = torch.zeros_like(bias) if ctx.needs_input_grad[4] else None
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dsinks = torch.zeros(heads[1], dtype=wide) if ctx.with_sinks else None
         mean = (grad * out).sum(-1, keepdim=True)  # sum_j P dP, for every query
-        for p, (rows, keys, _) in zip(probabilities, blocks(q.shape[1], ctx.visible), strict=True):
+        for p, (rows, keys) in zip(probabilities, blocks(q.shape[1], ctx.visible), strict=True):
+            if ctx.with_sinks:
+                p, sink = p[..., :-1], p[..., -1:]
+                dsinks -= (sink.to(wide) * mean[:, rows]).unflatten(0, heads).sum((0, 2, 3))
             dv[:, keys] += p.transpose(1, 2) @ grad[:, rows]
             ds = (grad[:, rows] @ v[:, keys].transpose(1, 2)).sub_(mean[:, rows]).mul_(p)
             dq[:, rows] = ds @ k[:, keys]
             dk[:, keys] += ds.transpose(1, 2) @ q[:, rows]
-        return dq.unflatten(0, shape), dk.unflatten(0, shape), dv.unflatten(0, shape), None
+            if dbias is not None:
+                dbias[..., rows, keys] = ds.unflatten(0, heads).sum_to_size(dbias[..., rows, keys].shape)
+        return dq.unflatten(0, heads), dk.unflatten(0, heads), dv.unflatten(0, heads), None, dbias, dsinks
 
 
-def blocks(length: int, visible: Visible) -> Iterator[tuple[slice, slice, Tensor]]:
-    """For each block its queries, the keys that some of them see, and the mask of these pairs: 0, or -inf if hidden."""
-    positions = torch.arange(length)
+def blocks(length: int, visible: Visible) -> Iterator[tuple[slice, slice]]:
+    """Each block's queries, and the keys that some of them see."""
     for start in range(0, length, QUERIES):
         rows = slice(start, min(start + QUERIES, length))
-        keys = slice(max(0, start + 1 - getattr(visible, "reach", length)), rows.stop)
-        seen = visible(positions[rows, None], positions[None, keys])
-        yield rows, keys, torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)
+        yield rows, slice(max(0, start + 1 - visible.reach), rows.stop)
+
+
+def hidden(rows: slice, keys: slice, visible: Visible, dtype: torch.dtype) -> Tensor:
+    """What masks a block's scores, (queries, keys): 0, or -inf where the query does not see the key."""
+    q_pos, k_pos = torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop)
+    seen = visible(q_pos[:, None], k_pos[None])
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)

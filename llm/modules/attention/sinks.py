@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm.modules.attention.core import fused_attention, share_heads
+from llm.modules.attention.core import fused_attention, share_heads, uncached
 from llm.modules.attention.multi_head import MultiHeadAttention
+from llm.modules.attention.query_blocks import blocked_attention, blocks_serve
 from llm.modules.masks import visibility
 
 
@@ -29,6 +30,9 @@ class SinkAttention(MultiHeadAttention):
         self.sinks = nn.Parameter(torch.zeros(n_heads))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        if uncached(q_pos, k_pos) and blocks_serve(q, self.visible):
+            k, v = share_heads(q, k), share_heads(q, v)
+            return blocked_attention(q, k, v, self.visible, self.scale, sinks=self.sinks)
         mask = visibility(self.visible, q_pos, k_pos)
         attend = explicit_sink_attention if q.shape[2] == 1 else fused_sink_attention  # one query: few scores
         return attend(q, k, v, self.sinks, mask, self.scale)

@@ -31,10 +31,13 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         experts, weights = self.router(x)  # (B, T, k)
         expert, order = experts.flatten().sort(stable=True)  # choice j of token t stood at t * k + j
-        rows = x.flatten(0, -2)[order // experts.shape[-1]]  # (B T k, D)
-        rows = self.experts(rows, ends_of_runs(expert, self.router.n_experts))
-        chosen = rows[order.argsort()].view(*experts.shape, -1)  # (B, T, k, D), in the tokens' order again
-        y = (chosen * weights[..., None]).sum(-2).to(x.dtype)
+        tokens = x.flatten(0, -2).to(product_dtype(x))
+        expert, order = experts.flatten().sort(stable=True)  # choice j of token t stood at t * k + j
+        row, ends, n_rows = runs(expert, self.router.n_experts, block_size(tokens, expert, self.router.n_experts))
+        token = order.new_zeros(n_rows).scatter(0, row, order // experts.shape[-1])  # whose copy a row is
+        rows = self.experts(pick(tokens, token), ends)  # (R, D)
+        chosen = pick(rows, row[order.argsort()]).view(*experts.shape, -1)  # (B, T, k, D), in the tokens' order again
+        y = (chosen * weights[..., None].to(chosen.dtype)).sum(-2).to(x.dtype)
         return y if self.shared is None else y + self.shared(x)
 
 
@@ -65,10 +68,30 @@ class PlainExperts(nn.Module):
         return grouped_linear(self.activation(grouped_linear(rows, self.up_proj, ends)), self.down_proj, ends)
 
 
-def ends_of_runs(expert: Tensor, n_experts: int) -> Tensor:
-    """Sorted experts (R,) -> where the rows of each end, (E,) int32; bincount would break a compiled graph."""
+def pick(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index] (R, D). As a lookup, whose gradient is summed by several threads; that of indexing is not."""
+    return F.embedding(index, rows)
+
+
+def runs(expert: Tensor, n_experts: int, block: int) -> tuple[Tensor, Tensor, int]:
+    """Lay out rows for sorted choices (N,): the row of each (N,), where each expert's rows end (E,) int32, and how many
+    rows there are. Every expert's rows are filled up to whole blocks, with some that belong to no choice."""
     every = torch.arange(n_experts, device=expert.device)
-    return torch.searchsorted(expert, every, right=True, out_int32=True)
+    ends = torch.searchsorted(expert, every, right=True, out_int32=True)  # bincount would break a compiled graph
+    starts = F.pad(ends[:-1], (1, 0))
+    n_blocks = (ends - starts + block - 1) // block
+    filled_ends = block * n_blocks.cumsum(0, dtype=torch.int32)
+    filled_starts = filled_ends - block * n_blocks
+    n_rows = (len(expert) + n_experts * (block - 1)) // block * block  # what suffices, however the choices fall
+    filled_ends[-1] = n_rows
+    return torch.arange(len(expert), device=expert.device) + (filled_starts - starts)[expert], filled_ends, n_rows
+
+
+def block_size(tokens: Tensor, expert: Tensor, n_experts: int) -> int:
+    """Of `runs`. The CPU's bf16 kernel is made anew, and kept, for every number of rows that it meets, which costs more
+    than the product: so where there are many rows their number is a multiple of 32."""
+    anew = tokens.device.type == "cpu" and tokens.dtype is torch.bfloat16
+    return 32 if anew and len(expert) >= 64 * n_experts else 1
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -76,15 +99,21 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     In one kernel where there is one. Under autocast in its precision, which the kernel would not find by itself.
     """
-    device = rows.device.type
-    if not rows.is_meta and torch.is_autocast_enabled(device):  # on meta autocast is not known
-        dtype = torch.get_autocast_dtype(device)
-        rows, weight = rows.to(dtype), weight.to(dtype)
+    dtype = product_dtype(rows)
+    rows, weight = rows.to(dtype), weight.to(dtype)
     if has_grouped_kernel(weight):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     from llm.modules.ffn.looped_experts import looped_linear  # costs seconds, so only where it serves
 
     return looped_linear(rows, weight, ends)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products with x are made in: autocast's precision, or x's own."""
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):  # on meta autocast is not known
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def has_grouped_kernel(weight: Tensor) -> bool:
