@@ -9,7 +9,6 @@ would read.
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm.stories import ahead
 from llm.tokenization import ARRAY_FILES, SIDE_FILE, THREE_WAYS, TOKENIZER_FILE, file_sha256, token_bytes
 
 __all__ = ["Data", "eval_windows", "open_tokens", "step_batches", "token_bytes", "windows"]
@@ -171,14 +171,4 @@ def step_batches(
         batch = batch.pin_memory() if pinned else batch
         return list(zip(indices, batch.to(device, non_blocking=pinned), strict=True))
 
-    return ahead(prepare, range(first_step, last_step))
-
-
-def ahead(prepare, steps: range) -> Iterator:
-    """Yield prepare(step) for each step, the next one under way in a thread while the caller uses the last."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
-        upcoming = thread.submit(prepare, steps[0]) if steps else None
-        for step in steps:
-            batch = upcoming.result()
-            upcoming = thread.submit(prepare, step + 1) if step + 1 in steps else None
-            yield batch
+    return ahead(map(prepare, range(first_step, last_step)))

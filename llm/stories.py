@@ -8,7 +8,8 @@ Stories are bytes, valid UTF-8: a gigabyte has more than a million of them, and 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -105,7 +106,18 @@ def read_stories(path: Path, tally: Tally, bar: tqdm) -> Iterator[tuple[list[byt
                 tally.stories += len(found)
                 tally.empty_stories += 1 + len(others) - len(found)
             begun = not complete
-            pieces = [cut(story) for story in found]
+            pieces = [cut(story) if len(story) > LONGEST_PIECE else [story] for story in found]
             ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64) - 1
             if found:
                 yield list(chain.from_iterable(pieces)), ends if complete else ends[:0]
+
+
+def ahead(items: Iterable) -> Iterator:
+    """Yield the same items, the next one being made by a thread while the caller uses the last. What fails there is
+    raised here."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as thread:
+        upcoming = thread.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = thread.submit(next, items, end)
+            yield item

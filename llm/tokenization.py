@@ -29,7 +29,7 @@ from llm import encoding
 from llm.bpe import learn_merges
 from llm.encoding import text_encoder, word_counter
 from llm.sample_stories import sample_stories
-from llm.stories import END_OF_TEXT, Tally, read_stories
+from llm.stories import END_OF_TEXT, Tally, ahead, read_stories
 
 TOKENIZER_FILE = "tokenizer-bpe.json"
 SIDE_FILE = "tinystories_tokens.json"
@@ -165,14 +165,14 @@ def write_tokens(source: Path, target: Path, tokenizer: Tokenizer, encode: Calla
     `encode` is what `text_encoder(tokenizer)` returns. Raises ValueError where `source` has no story, or where an id or
     a byte count is not what it must be.
     """
-    tally, lengths = Tally(), token_bytes(tokenizer)
+    tally, lengths = Tally(), token_bytes(tokenizer).astype(np.int32)
     dtype, end_of_text = np.min_scalar_type(len(lengths) - 1), tokenizer.token_to_id(END_OF_TEXT)
     with replacing(target) as file, progress(source, f"encoding {source.name}") as bar:
         write_header(file, dtype, 0)
-        for texts, last in read_stories(source, tally, bar):
+        for texts, last in ahead(read_stories(source, tally, bar)):
             ids, ends = encode(texts)
             n_bytes = sum(map(len, texts))
-            if ids.max(initial=0) >= len(lengths) or lengths.take(ids).sum() != n_bytes:
+            if ids.max(initial=0) >= len(lengths) or lengths.take(ids, mode="clip").sum() != n_bytes:  # clip is faster
                 raise ValueError(f"the tokenizer does not give back the text of {source} near story {tally.stories:,}")
             file.write(np.insert(ids.astype(dtype), ends[last], end_of_text).data)
             tally.tokens += len(ids) + len(last)
