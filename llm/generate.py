@@ -181,6 +181,7 @@ def compiled(decode: Callable[[Tensor, Cache], Tensor], cuda: bool) -> Callable[
         from torch._inductor import config as inductor  # costs seconds
 
         inductor.freezing = True  # weights are laid out once as the CPU's products want them: they must not change now
+        inductor.cpp.enable_concat_linear = True  # and those that multiply the same input, q k v, become one
         return torch.compile(decode)
     replay = torch.compile(decode, mode="reduce-overhead")
 
