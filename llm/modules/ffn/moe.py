@@ -30,7 +30,6 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         experts, weights = self.router(x)  # (B, T, k)
-        expert, order = experts.flatten().sort(stable=True)  # choice j of token t stood at t * k + j
         tokens = x.flatten(0, -2).to(product_dtype(x))
         expert, order = experts.flatten().sort(stable=True)  # choice j of token t stood at t * k + j
         row, ends, n_rows = runs(expert, self.router.n_experts, block_size(tokens, expert, self.router.n_experts))
