@@ -37,6 +37,8 @@ class Arguments:
     """Windows in a step."""
     turns: int = 5
     """How often each pair is measured, after one turn that warms up."""
+    warm_up: int = 12
+    """Steps before that: while experts meet new numbers of rows, a CPU makes new kernels for them."""
     new_tokens: int = 32
     """Tokens decoded in a turn."""
     device: str = "auto"
@@ -84,6 +86,8 @@ def compete(name: str, flags: Arguments) -> None:
         model.train()
         return seconds
 
+    for _ in range(flags.warm_up):
+        step()
     answer(lambda: counted | {"step": step(), "memory": peak_memory(device), "decode": decode()})
 
 

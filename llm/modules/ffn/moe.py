@@ -88,9 +88,9 @@ def runs(expert: Tensor, n_experts: int, block: int) -> tuple[Tensor, Tensor, in
 
 def block_size(tokens: Tensor, expert: Tensor, n_experts: int) -> int:
     """Of `runs`. The CPU's bf16 kernel is made anew, and kept, for every number of rows that it meets, which costs more
-    than the product: so where there are many rows their number is a multiple of 32."""
+    than the product: so where there are many rows their number is a multiple of 64."""
     anew = tokens.device.type == "cpu" and tokens.dtype is torch.bfloat16
-    return 32 if anew and len(expert) >= 64 * n_experts else 1
+    return 64 if anew and len(expert) >= 128 * n_experts else 1
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
