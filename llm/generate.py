@@ -182,6 +182,7 @@ def compiled(decode: Callable[[Tensor, Cache], Tensor], cuda: bool) -> Callable[
 
         inductor.freezing = True  # weights are laid out once as the CPU's products want them: they must not change now
         inductor.cpp.enable_concat_linear = True  # and those that multiply the same input, q k v, become one
+        inductor.size_asserts = inductor.alignment_asserts = False  # a check in Python after each product
         return torch.compile(decode)
     replay = torch.compile(decode, mode="reduce-overhead")
 
