@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import tyro
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm.checkpoint import CheckpointError, find_checkpoints, load_model_weights, newest_good, verify_checkpoint
 from llm.device import find_device, not_compiled
@@ -183,7 +183,8 @@ def compiled(decode: Callable[[Tensor, Cache], Tensor], cuda: bool) -> Callable[
         inductor.freezing = True  # weights are laid out once as the CPU's products want them: they must not change now
         inductor.cpp.enable_concat_linear = True  # and those that multiply the same input, q k v, become one
         inductor.size_asserts = inductor.alignment_asserts = False  # a check in Python after each product
-        return torch.compile(decode)
+        inductor.cpp_wrapper = True  # the kernels are called from C++, too
+        return torch.compile(decode, options={"guard_filter_fn": enough_guards})
     replay = torch.compile(decode, mode="reduce-overhead")
 
     def step(tokens: Tensor, cache: Cache) -> Tensor:
@@ -193,6 +194,16 @@ def compiled(decode: Callable[[Tensor, Cache], Tensor], cuda: bool) -> Callable[
         return replay(tokens, cache)
 
     return step
+
+
+def enough_guards(guards: list) -> list[bool]:
+    """Which of torch's checks that a compiled step still fits are repeated at each step: those of the text and its
+    cache and, of a module, that one of its weights is the same tensor as before. This tells models apart that share
+    code, and layers where a step breaks into several graphs. A module that uses no weight is checked whole."""
+    of_module = [guard.name.startswith("self") for guard in guards]
+    weights = [g for g, own in zip(guards, of_module, strict=True) if own and isinstance(g.value, nn.Parameter)]
+    known = [g for g in weights if g.guard_type == "ID_MATCH"][:1]
+    return [not known or g is known[0] or not (own or g.is_global) for g, own in zip(guards, of_module, strict=True)]
 
 
 def load_run(path: Path, device: torch.device) -> tuple[Transformer, Tokenizer]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import VOCABULARY, redraw, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
@@ -179,11 +179,46 @@ def test_a_step_that_breaks_into_several_graphs_keeps_its_layers_apart():
     equal_when_compiled("switch_transformer", compile_decoding)
 
 
+def test_models_of_one_kind_are_told_apart_when_the_steps_of_both_are_compiled():
+    models = [tiny_model("baseline", **LONG).float() for _ in range(2)]
+    redraw(models[1])
+    eager = [long_text(model, 4)[2] for model in models]
+    assert (eager[0] - eager[1]).abs().max() > 1
+    for model in models:
+        compile_decoding(model)
+    for n in (0, 1, 0):
+        torch.testing.assert_close(long_text(models[n], 4)[2], eager[n], rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_writes_the_same_when_its_step_is_compiled(name):
     torch.compiler.reset()
     equal_when_compiled(name, compile_decoding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bf16_a_compiled_step_is_as_near_to_float64_as_an_eager_one(name):
+    torch.compiler.reset()
+    prompt, text = torch.randint(VOCABULARY, (2, 2, STEP - 8), generator=torch.Generator().manual_seed(1))
+
+    def logits(model):
+        told, seen = iter(text.T), []
+
+        def sampler(step):
+            seen.append(step.double().clone())
+            return next(told)
+
+        list(model.generate(prompt, 20, sampler))
+        return torch.stack(seen)
+
+    model = tiny_model(name, **LONG)
+    exact = logits(model)
+    eager = logits(model.to(torch.bfloat16))
+    compile_decoding(model)
+    error, rounding = (logits(model) - exact).abs().mean(), (eager - exact).abs().mean()
+    assert error < 1.5 * rounding
 
 
 # The command
