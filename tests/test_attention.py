@@ -551,6 +551,32 @@ def test_flex_attention_over_several_blocks_equals_the_mask_in_values_and_gradie
     assert_same(flex.flex_attention(q, k, v, visible, 0.5), expected, q, k, v, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("n_axes", [3, 4])
+def test_flex_attention_with_a_bias_equals_the_mask_in_values_and_gradients(n_axes, monkeypatch):
+    from llm.modules.attention import flex
+
+    monkeypatch.setattr(flex.torch_flex, "_validate_device", lambda *_: None)
+    visible, positions = masks.window(256), torch.arange(500)
+    q, k, v = random_qkv(6, 2, queries=500, keys=500, head_dim=16, v_dim=16, dtype=torch.float32)
+    bias = torch.randn((2, 6, 500, 500)[4 - n_axes :], requires_grad=True)
+    mask = bias.masked_fill(~masks.visibility(visible, positions, positions), -torch.inf)
+    ours = flex.flex_attention(q, k, v, visible, 0.5, bias=bias)
+    assert_same(ours, explicit_attention(q, k, v, mask, 0.5), q, k, v, bias, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_with_sinks_equals_the_equation_in_values_and_gradients(monkeypatch):
+    from llm.modules.attention import flex
+
+    monkeypatch.setattr(flex.torch_flex, "_validate_device", lambda *_: None)
+    visible, positions = masks.window(256), torch.arange(500)
+    q, k, v = random_qkv(6, 2, queries=500, keys=500, head_dim=16, v_dim=16, dtype=torch.float32)
+    sinks = (4 * torch.randn(6)).requires_grad_()
+    expected = explicit_sink_attention(q, k, v, sinks, masks.visibility(visible, positions, positions), 0.5)
+    assert_same(flex.flex_attention(q, k, v, visible, 0.5, sinks=sinks), expected, q, k, v, sinks, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", LONG)
 def test_blocks_that_flex_attention_sees_in_full_in_part_or_not_at_all_make_up_the_mask(name):
     from llm.modules.attention.flex import block_mask
@@ -603,23 +629,28 @@ def test_flex_attention_compiles_a_kernel_for_each_of_many_masks_and_fails_rathe
         flex.torch_flex.flex_attention(q, k, v, None, flex.block_mask(masks.window(9), T, q.device), 0.5, True)
 
 
-def test_flex_attention_is_tried_with_shared_heads_where_heads_are_shared(monkeypatch):
+def test_flex_attention_is_tried_with_what_it_will_be_given(monkeypatch):
     from llm.modules.attention import flex
 
     tried = []
 
-    def fails_when_shared(q, k, v, visible):
-        tried.append((q.shape, k.shape))
+    def fails_when_shared(q, k, v, visible, bias, sinks):
+        extras = [x for x in (bias, sinks) if x is not None]
+        tried.append(tuple(x.shape for x in (q, k, *extras)))
         if q.shape[1] != k.shape[1]:
             raise RuntimeError("out of shared memory")
-        return q + k + v
+        return q + k + v + sum(x.sum() for x in extras)
 
     monkeypatch.setattr(flex, "flex_attention", fails_when_shared)
     compiles = partial(flex.compiles.__wrapped__, torch.device("cpu"), torch.float32, 16)
+    one, two = (1, 1, 128, 16), (1, 2, 128, 16)
     assert compiles(shared=False)
+    assert compiles(shared=False, biased=3)
+    assert compiles(shared=False, biased=4)
+    assert compiles(shared=False, with_sinks=True)
     with pytest.warns(UserWarning, match="masks are used instead: out of shared memory"):
         assert not compiles(shared=True)
-    assert tried == [((1, 1, 128, 16), (1, 1, 128, 16)), ((1, 2, 128, 16), (1, 1, 128, 16))]
+    assert tried == [(one, one), (one, one, (1, 128, 128)), (one, one, (1, 1, 128, 128)), (one, one, (1,)), (two, one)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels need a CUDA device")
@@ -637,3 +668,29 @@ def test_flex_attention_on_cuda_equals_the_mask_in_values_and_gradients(name, he
     positions = POSITIONS.cuda()
     expected = explicit_attention(q, k, v, masks.visibility(visible, positions, positions))
     assert_same(attention(q, k, v, positions, positions, visible), expected, q, k, v, atol=2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels need a CUDA device")
+@pytest.mark.parametrize("n_axes", [3, 4])
+def test_flex_attention_on_cuda_with_a_bias_equals_the_mask_in_values_and_gradients(n_axes):
+    from llm.modules.attention.flex import flex_serves
+
+    q, k, v = [x.detach().cuda().requires_grad_() for x in random_qkv(6, 2, head_dim=32, v_dim=32, dtype=torch.float32)]
+    bias = torch.randn((2, 6, T, T)[4 - n_axes :], device="cuda", requires_grad=True)
+    assert flex_serves(q, k, bias), "this GPU cannot compile FlexAttention: training falls back to masks"
+    positions = POSITIONS.cuda()
+    mask = bias.masked_fill(~masks.visibility(masks.causal, positions, positions), -torch.inf)
+    ours = attention(q, k, v, positions, positions, bias=bias)
+    assert_same(ours, explicit_attention(q, k, v, mask), q, k, v, bias, atol=2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels need a CUDA device")
+def test_flex_attention_on_cuda_with_sinks_equals_the_equation_in_values_and_gradients():
+    from llm.modules.attention.flex import flex_attention, flex_serves
+
+    q, k, v = [x.detach().cuda().requires_grad_() for x in random_qkv(6, 2, head_dim=32, v_dim=32, dtype=torch.float32)]
+    sinks = (4 * torch.randn(6, device="cuda")).requires_grad_()
+    assert flex_serves(q, k, sinks=sinks), "this GPU cannot compile FlexAttention: training falls back to masks"
+    positions, visible = POSITIONS.cuda(), masks.window(5)
+    expected = explicit_sink_attention(q, k, v, sinks, masks.visibility(visible, positions, positions), 0.5)
+    assert_same(flex_attention(q, k, v, visible, 0.5, sinks=sinks), expected, q, k, v, sinks, atol=2e-2)

@@ -74,21 +74,20 @@ def attention(
     |-------------|--------|-------------|--------------------------|--------------------------------------------------|
     | no cache    | CPU    | bf16        | with a reach; T <= 512   | `blocked_attention`: in blocks of queries        |
     | neither     | any    | any         | causal                   | fused kernel, without a mask                     |
-    | neither     | CUDA   | not float64 | any                      | `flex_attention` where it compiles: skips blocks |
+    | no cache    | CUDA   | not float64 | any                      | `flex_attention` where it compiles: skips blocks |
     | a cache     | any    | any         | any; at most 64 queries  | `few_queries_attention`: two plain products      |
     | any         | any    | any         | any                      | fused kernel, with the mask written out          |
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the gain of a norm leaves them in fp32
     if uncached(q_pos, k_pos) and blocks_serve(q, visible):
         return blocked_attention(q, share_heads(q, k), share_heads(q, v), visible, scale, bias)
-    if uncached(q_pos, k_pos) and bias is None:
-        if visible is causal:
-            return fused_attention(q, k, v, scale=scale, is_causal=True)
-        if q.is_cuda:
-            from llm.modules.attention.flex import flex_attention, flex_serves  # costs seconds, so only where it serves
+    if uncached(q_pos, k_pos) and bias is None and visible is causal:
+        return fused_attention(q, k, v, scale=scale, is_causal=True)
+    if uncached(q_pos, k_pos) and q.is_cuda:
+        from llm.modules.attention.flex import flex_attention, flex_serves  # costs seconds, so only where it serves
 
-            if flex_serves(q, k):
-                return flex_attention(q, k, v, visible, scale)
+        if flex_serves(q, k, bias):
+            return flex_attention(q, k, v, visible, scale, bias=bias)
     mask = visibility(visible, q_pos, k_pos)
     if bias is not None:
         mask = bias.masked_fill(~mask, -torch.inf).to(q.dtype)

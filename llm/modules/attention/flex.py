@@ -33,32 +33,61 @@ def flex_attention(
     visible: Visible,
     scale: float | None = None,
     change: Callable[[Tensor], Tensor] | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(change(q k^T * scale)) v over the visible keys, for positions 0..T-1: q (B, H, T, D), k and v
-    (B, H_kv, T, ..)."""
+    """softmax(change(q k^T * scale) + bias) v over the visible keys, for positions 0..T-1: q (B, H, T, D), k and v
+    (B, H_kv, T, ..), bias (H, T, T) or (B, H, T, T), both of any dtype; sinks (H,) join each denominator (sinks.py)."""
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        score = score if change is None else change(score)
+        if bias is None:
+            return score
+        return score + (bias[head, i, j] if bias.dim() == 3 else bias[batch, head, i, j])
+
+    if bias is not None:
+        bias = bias.float().contiguous()  # its gradient is summed where it lies
     attend = compiled() if q.is_cuda else torch_flex.flex_attention
-    score_mod = None if change is None else lambda score, batch, head, i, j: change(score)
     mask = block_mask(visible, q.shape[2], q.device)
-    return attend(q, k, v, score_mod, mask, scale, enable_gqa=q.shape[1] != k.shape[1])
+    heads, aux = attend(
+        q,
+        k,
+        v,
+        None if change is None and bias is None else score_mod,
+        mask,
+        scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=torch_flex.AuxRequest(lse=sinks is not None),
+    )
+    if sinks is None:
+        return heads
+    share = torch.sigmoid(aux.lse - sinks[:, None])  # of the keys: exp(lse) / (exp(lse) + exp(sink)), (B, H, T)
+    return heads * share[..., None].to(heads.dtype)
 
 
 @torch.compiler.disable
-def flex_serves(q: Tensor, k: Tensor) -> bool:
+def flex_serves(q: Tensor, k: Tensor, bias: Tensor | None = None, sinks: Tensor | None = None) -> bool:
     """Whether q (B, H, T, D) and k (B, H_kv, T, D) can go through `flex_attention`: on CUDA, where kernels compile."""
     if not q.is_cuda or q.dtype == torch.float64:
         return False
-    return compiles(q.device, q.dtype, q.shape[-1], shared=q.shape[1] != k.shape[1])
+    shared, biased = q.shape[1] != k.shape[1], 0 if bias is None else bias.dim()
+    return compiles(q.device, q.dtype, q.shape[-1], shared, biased, sinks is not None)
 
 
 @cache
-def compiles(device: torch.device, dtype: torch.dtype, head_dim: int, shared: bool) -> bool:
+def compiles(
+    device: torch.device, dtype: torch.dtype, head_dim: int, shared: bool, biased: int = 0, with_sinks: bool = False
+) -> bool:
     """Try both kernels, forward and backward, once for each width of head, and once more where query heads share a key
-    head: small GPUs lack shared memory for some."""
+    head, where there is a bias (of `biased` axes) or a sink: small GPUs lack shared memory for some."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
             k = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
             q = k.repeat(1, 2 if shared else 1, 1, 1)
-            flex_attention(q, k, k, causal).sum().backward()
+            scores = torch.zeros(1, q.shape[1], 128, 128, device=device, requires_grad=True)
+            bias = (scores[0] if biased == 3 else scores) if biased else None
+            sinks = scores[0, :, 0, 0] if with_sinks else None
+            flex_attention(q, k, k, causal, bias=bias, sinks=sinks).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler raises: the mask does the same, more slowly

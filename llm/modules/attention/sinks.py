@@ -33,6 +33,11 @@ class SinkAttention(MultiHeadAttention):
         if uncached(q_pos, k_pos) and blocks_serve(q, self.visible):
             k, v = share_heads(q, k), share_heads(q, v)
             return blocked_attention(q, k, v, self.visible, self.scale, sinks=self.sinks)
+        if uncached(q_pos, k_pos) and q.is_cuda:
+            from llm.modules.attention.flex import flex_attention, flex_serves  # costs seconds, so only where it serves
+
+            if flex_serves(q, k, sinks=self.sinks):
+                return flex_attention(q, k, v, self.visible, self.scale, sinks=self.sinks)
         mask = visibility(self.visible, q_pos, k_pos)
         attend = explicit_sink_attention if q.shape[2] == 1 else fused_sink_attention  # one query: few scores
         return attend(q, k, v, self.sinks, mask, self.scale)
