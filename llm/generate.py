@@ -173,7 +173,7 @@ def compile_decoding(model: Transformer, insist: bool = True) -> None:
 
 
 def compiled(decode: Callable[[Tensor, Cache], Tensor], cuda: bool) -> Callable[[Tensor, Cache], Tensor]:
-    """The step as one compiled function. The weights must stay as they are from here on.
+    """The step as one compiled function. The model must stay as it is from here on, its weights and all else.
 
     On CUDA the step is recorded and replayed as one graph, which spares the launch of each kernel. A graph writes
     where it wrote when it was recorded: hence the fixed addresses."""

@@ -1,4 +1,4 @@
-"""FlexAttention: a mask and a change of scores, given as functions, become one CUDA kernel that skips unseen blocks.
+"""FlexAttention: a mask and what changes the scores become one CUDA kernel that skips the blocks no query sees.
 
 A boolean mask computes all T x T scores and throws most away; this computes only the blocks that some query sees, so a
 window costs T x window. Flex Attention: A Programming Model for Generating Optimized Attention Kernels,
@@ -37,7 +37,7 @@ def flex_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(change(q k^T * scale) + bias) v over the visible keys, for positions 0..T-1: q (B, H, T, D), k and v
-    (B, H_kv, T, ..), bias (H, T, T) or (B, H, T, T), both of any dtype; sinks (H,) join each denominator (sinks.py)."""
+    (B, H_kv, T, ..), bias (H, T, T) or (B, H, T, T). The sinks (H,) join each denominator, as in sinks.py."""
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         score = score if change is None else change(score)
