@@ -87,7 +87,10 @@ class Transformer(nn.Module):
             ce = linear_cross_entropy(self.norm(x), self.head_weight(), targets)
         else:  # logits that are not just a product are made as the model says
             ce = F.cross_entropy(self.unembed(x).float(), targets)
-        aux = sum(self.pop_aux_losses(), start=ce.new_zeros(()))
+        parts = self.pop_aux_losses()
+        if not parts:  # not `ce + 0`: compiled, that would be the detached ce, without a gradient
+            return ce, {"ce": ce.detach(), "aux": ce.new_zeros(())}
+        aux = sum(parts)
         return ce + aux, {"ce": ce.detach(), "aux": aux.detach()}
 
     def pop_aux_losses(self) -> list[Tensor]:
