@@ -1,6 +1,6 @@
 """Turn story text into token arrays: `python pre_tokenize.py`, or with your own text, or `--sample`.
 
-What it does is in `llm/tokenization.py`.
+The work is done in llm/data/tokenize.py.
 """
 
 import sys
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tyro
 
-from llm.tokenization import make_sample, pre_tokenize
+from llm.data.sample import make_sample
+from llm.data.tokenize import pre_tokenize
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from measure import Contestant, answer, copy_rate, in_turn, machine_line, markdo
 from torch import Tensor, nn
 from train import MAKE, SIZES
 
-from llm.accounting import cache_bytes
-from llm.device import find_device
-from llm.generate import compile_decoding, greedy
+from llm.analysis.accounting import cache_bytes
+from llm.generate.compile import compile_decoding
+from llm.generate.sampling import greedy
 from llm.models.baseline import Baseline
+from llm.training.device import find_device
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from measure import Contestant, answer, machine_line, markdown, median, now, pea
 from torch import nn
 from tqdm import tqdm
 
-from llm.accounting import describe, units
+from llm.analysis.accounting import describe, units
 from llm.config import TrainConfig
-from llm.device import find_machine, keep_freed_memory
-from llm.generate import greedy
+from llm.generate.sampling import greedy
 from llm.models import MODELS
 from llm.models.transformer import Transformer
-from llm.optim import make_optimizer
+from llm.training.device import find_machine, keep_freed_memory
+from llm.training.optim import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,10 @@ def compete(name: str, flags: Arguments) -> None:
     """The child: one model. Its figures are counted by formula once, and measured at each turn."""
     machine = find_machine(TrainConfig(device=flags.device))
     device = machine.device
-    if device.type == "cpu":
-        keep_freed_memory()
-    Model, Config = MODELS[name]
+    keep_freed_memory(device)
+    Model = MODELS[name]
     torch.manual_seed(0)
-    model: Transformer = Model(Config(**Config.small if flags.small else {})).to(device)
+    model: Transformer = Model(Model.Config(**Model.Config.small if flags.small else {})).to(device)
     optimizer = make_optimizer(model, TrainConfig())
     loss = torch.compile(model.loss) if flags.compile else model.loss
     context = model.config.max_seq_len

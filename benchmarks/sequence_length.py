@@ -19,9 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm.config import TrainConfig
-from llm.device import find_machine
 from llm.models import MODELS
-from llm.modules.attention import core
+from llm.modules.attention import multi_head
+from llm.modules.attention.core import explicit_attention
+from llm.modules.cache import Places
+from llm.modules.masks import Mask, visibility
+from llm.training.device import find_machine
 
 ATTENTION = (
     "baseline", "multi_query", "grouped_query", "sliding_window", "sparse", "big_bird", "streaming", "attention_sink",
@@ -56,11 +59,10 @@ def compete(name: str, length: int, flags: Arguments) -> None:
 
         resource.setrlimit(resource.RLIMIT_DATA, (int(flags.limit_gib * 2**30),) * 2)
     if name == "explicit":
-        core.attention = explicit
-        sys.modules["llm.modules.attention.multi_head"].attention = explicit
-    Model, Config = MODELS["baseline" if name == "explicit" else name]
+        multi_head.attend = explicit
+    Model = MODELS["baseline" if name == "explicit" else name]
     torch.manual_seed(0)
-    model = Model(replace(Config(**Config.small), max_seq_len=length)).to(device)
+    model = Model(replace(Model.Config(**Model.Config.small), max_seq_len=length)).to(device)
     tokens = torch.randint(model.config.vocab_size, (1, length + 1), device=device)
     before = peak_memory(device)
 
@@ -75,9 +77,9 @@ def compete(name: str, length: int, flags: Arguments) -> None:
     answer(turn)
 
 
-def explicit(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, *rest: object) -> Tensor:
-    """Causal attention as the equation says it, with T x T scores."""
-    return core.explicit_attention(q, k, v, core.visibility(core.causal, q_pos, k_pos))
+def explicit(q: Tensor, k: Tensor, v: Tensor, places: Places, mask: Mask, **rest: object) -> Tensor:
+    """Attention as the equation says it, with T x T scores."""
+    return explicit_attention(q, k, v, visibility(mask, places.q, places.k))
 
 
 def measure(name: str, length: int, flags: Arguments) -> dict | None:

@@ -23,9 +23,10 @@ import tyro
 from measure import Contestant, answer, in_turn, machine_line, markdown, median, peak_memory, ratio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llm import encoding, tokenization
-from llm.sample_stories import sample_stories
-from llm.stories import END_OF_TEXT, Tally, read_stories
+from llm.data import encoding, tokenize
+from llm.data.files import TOKENIZER_FILE, as_plain_text, load_tokenizer
+from llm.data.sample import sample_stories
+from llm.data.stories import END_OF_TEXT, Tally, read_stories
 
 BLOCKS = 10  # of 4 MB, for the encoder alone
 
@@ -66,10 +67,10 @@ def learn_by_tokenizers(source: Path, vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    with tokenization.progress(source, "learning the vocabulary") as bar:
+    with tokenize.progress(source, "learning the vocabulary") as bar:
         blocks = read_stories(source, Tally(), bar)
         tokenizer.train_from_iterator((text.decode() for texts, _ in blocks for text in texts), trainer)
-    return tokenization.as_plain_text(tokenizer)
+    return as_plain_text(tokenizer)
 
 
 def timed(function: Callable, seconds: dict[str, float], name: str) -> Callable:
@@ -85,8 +86,8 @@ def timed(function: Callable, seconds: dict[str, float], name: str) -> Callable:
 
 
 STEPS = {
-    "tokenizers": (learn_by_tokenizers, lambda t: partial(encoding.encode, t), tokenization.write_tokens),
-    "ours": (tokenization.learn_tokenizer, tokenization.text_encoder, tokenization.write_tokens),
+    "tokenizers": (learn_by_tokenizers, lambda t: partial(encoding.encode, t), tokenize.write_tokens),
+    "ours": (tokenize.learn_tokenizer, tokenize.text_encoder, tokenize.write_tokens),
 }
 
 
@@ -94,16 +95,16 @@ def compete(name: str, folder: Path, vocab_size: int, at_start: int) -> dict:
     """The child: run `pre_tokenize` once, with the steps of one contestant."""
     learn, encoder, write = STEPS[name]
     train, evaluation, seconds = folder / "train.txt", folder / "eval.txt", {}
-    tokenization.learn_tokenizer = timed(learn, seconds, "learning")
-    tokenization.write_tokens = timed(write, seconds, "encoding")
-    tokenization.text_encoder = encoder
+    tokenize.learn_tokenizer = timed(learn, seconds, "learning")
+    tokenize.write_tokens = timed(write, seconds, "encoding")
+    tokenize.text_encoder = encoder
     with tempfile.TemporaryDirectory(dir=folder) as out:
         start = time.perf_counter()
-        side = tokenization.pre_tokenize(train, evaluation, Path(out), vocab_size)
+        side = tokenize.pre_tokenize(train, evaluation, Path(out), vocab_size)
         seconds["all"] = time.perf_counter() - start
         peak = peak_memory(torch.device("cpu")) - at_start
-        encode = encoder(tokenization.load_tokenizer(Path(out) / tokenization.TOKENIZER_FILE))
-    with tokenization.progress(train, "") as bar:
+        encode = encoder(load_tokenizer(Path(out) / TOKENIZER_FILE))
+    with tokenize.progress(train, "") as bar:
         blocks = [texts for texts, _ in islice(read_stories(train, Tally(), bar), BLOCKS)]
     encode(blocks[0])
     start = time.perf_counter()

@@ -23,16 +23,16 @@ from measure import Contestant, answer, in_turn, machine_line, markdown, matmul_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm.accounting import describe
+from llm.analysis.accounting import describe
 from llm.config import TrainConfig
-from llm.device import find_machine, keep_freed_memory
-from llm.gradient import recompute
-from llm.models.baseline import Baseline, BaselineConfig
-from llm.optim import make_optimizer
+from llm.models.baseline import Baseline
+from llm.training.device import find_machine, keep_freed_memory
+from llm.training.gradient import recompute
+from llm.training.optim import make_optimizer
 
 SIZES = {
-    "default": BaselineConfig(),
-    "gpt2": BaselineConfig(vocab_size=50_304, max_seq_len=1024, d_model=768, n_layers=12, n_heads=12, d_ff=3072),
+    "default": Baseline.Config(),
+    "gpt2": Baseline.Config(vocab_size=50_304, max_seq_len=1024, d_model=768, n_layers=12, n_heads=12, d_ff=3072),
 }
 Loss = Callable[[Tensor], Tensor]  # windows (B, T + 1) -> the mean cross-entropy
 
@@ -63,19 +63,19 @@ class Arguments:
     """Give the rivals the allocator setting that our training uses on a CPU."""
 
 
-def baseline_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
+def baseline_loss(c: Baseline.Config) -> tuple[nn.Module, Loss]:
     model = Baseline(c)
     return model, lambda tokens: model.loss(tokens)[0]
 
 
-def recomputing_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
+def recomputing_loss(c: Baseline.Config) -> tuple[nn.Module, Loss]:
     """As `--recompute` trains: more work, less memory."""
     model, loss = baseline_loss(c)
     recompute(model)
     return model, loss
 
 
-def gpt2_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
+def gpt2_loss(c: Baseline.Config) -> tuple[nn.Module, Loss]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = dict(n_embd=c.d_model, n_layer=c.n_layers, n_head=c.n_heads, n_inner=c.d_ff, n_positions=c.max_seq_len)
@@ -83,7 +83,7 @@ def gpt2_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
     return with_labels(GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, use_cache=False, **sizes, **no_dropout)))
 
 
-def llama_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
+def llama_loss(c: Baseline.Config) -> tuple[nn.Module, Loss]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -104,7 +104,7 @@ def with_labels(model: nn.Module) -> tuple[nn.Module, Loss]:
     return model, lambda tokens: model(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
 
 
-def litgpt_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
+def litgpt_loss(c: Baseline.Config) -> tuple[nn.Module, Loss]:
     from litgpt.config import Config
     from litgpt.model import GPT
 
@@ -125,7 +125,7 @@ def litgpt_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
     return model, lambda tokens: cross_entropy(model(tokens[:, :-1]), tokens)
 
 
-def x_transformers_loss(c: BaselineConfig) -> tuple[nn.Module, Loss]:
+def x_transformers_loss(c: Baseline.Config) -> tuple[nn.Module, Loss]:
     from x_transformers import Decoder, TransformerWrapper
 
     layers = Decoder(
@@ -168,8 +168,8 @@ def compete(name: str, mode: str, flags: Arguments) -> None:
     """The child: one codebase in one mode."""
     machine = find_machine(TrainConfig(device=flags.device, precision=flags.precision))
     device = machine.device
-    if device.type == "cpu" and (name.startswith("ours") or flags.keep_memory):
-        keep_freed_memory()
+    if name.startswith("ours") or flags.keep_memory:
+        keep_freed_memory(device)
     if name == "ceiling":
         dtype = torch.bfloat16 if machine.bf16 else torch.float32
         answer(lambda: {"rate": matmul_rate(device, dtype)})

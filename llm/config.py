@@ -1,6 +1,6 @@
-"""What can be set: the fields every model has, the textbook decoder's, and those of a training run.
+"""What can be set: the fields that every model has, and those of a training run.
 
-A model's own fields stand beside the model. Every field is a command-line flag: those of `TrainConfig` bare
+A model's own fields are in its `Config`. Every field is a command-line flag: those of `TrainConfig` bare
 (`--max-lr 1e-3`), those of the model under `--model.` (`--model.n-layers 8`).
 """
 
@@ -28,52 +28,18 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Use the token embedding as the output head, too."""
     initialization: Initialization = "normal"
-    """How weights are drawn; llm/modules/initialization.py has the standard deviations of each."""
+    """How weights are drawn; llm/modules/initialization.py has the standard deviations of each scheme."""
 
     small: ClassVar[dict[str, Any]] = {"d_model": 128, "max_seq_len": 256}
     """The same architecture at the size that `--sample` trains on a laptop, as overrides of the defaults."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "max_seq_len", "d_model", "n_layers"):
-            check_positive(self, name)
-
-    @property
-    def embedding_std(self) -> float:
-        """Standard deviation of the token embedding at the start."""
-        return 0.02
-
-
-@dataclass(frozen=True)
-class DecoderConfig(ModelConfig):
-    """What the textbook decoder adds: attention heads and a feed-forward width."""
-
-    n_heads: int = 16
-    """Attention heads; must divide d_model."""
-    d_ff: int = 2048
-    """Width of the feed-forward layer."""
-
-    small: ClassVar[dict[str, Any]] = {**ModelConfig.small, "n_heads": 4, "d_ff": 512}
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("n_heads", "d_ff"):
-            check_positive(self, name)
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"n_heads = {self.n_heads} does not divide d_model = {self.d_model}: choose a divisor "
-                f"(--model.n-heads) or another width (--model.d-model)"
-            )
-
-    @property
-    def embedding_std(self) -> float:
-        """The textbook decoder multiplies embeddings by sqrt(d_model): so tokens come in with unit variance, and are
-        heard beside their positions."""
-        return self.d_model**-0.5
+        check_positive(self, "vocab_size", "max_seq_len", "d_model", "n_layers")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: data, budget, optimiser, evaluation, machine."""
+    """One training run: data, budget, optimiser, evaluation, machine. Raises ValueError for values that cannot work."""
 
     data: Path = Path("data/tinystories")
     """Folder that pre_tokenize.py wrote."""
@@ -84,7 +50,7 @@ class TrainConfig:
     tokens_per_step: int = 131_072
     """Tokens in one optimiser step over all ranks; the accumulation follows from it."""
     micro_batch_size: int = 32
-    """Windows that one rank computes at once; lower it when memory runs out, the result stays the same."""
+    """Windows that one rank computes at once; lower it when memory runs out: the result stays the same."""
     seed: int = 0
     """Draws the weights and the order of the data."""
 
@@ -125,27 +91,45 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA only."""
     recompute: bool = False
-    """Keep only each block's input for the way back and compute the rest again: less memory, a third more work."""
+    """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more work."""
 
     def __post_init__(self):
-        for name in ("steps", "tokens_per_step", "micro_batch_size", "log_every", "eval_every", "eval_windows"):
-            check_positive(self, name)
-        for name in ("max_lr", "grad_clip", "save_every"):
-            check_positive(self, name)
+        check_positive(self, "steps", "tokens_per_step", "micro_batch_size", "log_every", "eval_every", "eval_windows")
+        check_positive(self, "max_lr", "grad_clip", "save_every")
         if not 0 <= self.min_lr <= self.max_lr:
             raise ValueError(f"min_lr = {self.min_lr} must lie between 0 and max_lr = {self.max_lr} (--min-lr)")
         for name in ("seed", "warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
-                flag = name.replace("_", "-")
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative (--{flag})")
+                raise ValueError(f"{name} = {getattr(self, name)} must not be negative ({flag(self, name)})")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1) (--{name})")
+                raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1) ({flag(self, name)})")
 
 
-def check_positive(config, name: str) -> None:
-    """Raises ValueError, naming the field and its flag, where a size is not above zero."""
-    value = getattr(config, name)
-    if not value > 0:
-        flag = ("model." if isinstance(config, ModelConfig) else "") + name.replace("_", "-")
-        raise ValueError(f"{name} = {value} must be positive (--{flag})")
+def check_positive(config: ModelConfig | TrainConfig, *names: str) -> None:
+    """Raises ValueError, naming the field and its flag, where a size is not above zero; None is no size."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} = {value} must be positive ({flag(config, name)})")
+
+
+def check_divides(config: ModelConfig, name: str, whole: str, otherwise: str = "") -> None:
+    """Raises ValueError, naming fields and flags, where field `name` does not divide field `whole`. `otherwise` says
+    what else would help."""
+    if getattr(config, whole) % getattr(config, name):
+        raise ValueError(
+            f"{name} = {getattr(config, name)} does not divide {whole} = {getattr(config, whole)}: choose a divisor "
+            f"({flag(config, name)}){otherwise}"
+        )
+
+
+def check_even(config: ModelConfig, name: str) -> None:
+    """Raises ValueError where a width whose channels RoPE rotates in pairs is odd."""
+    if getattr(config, name) % 2:
+        raise ValueError(f"{name} = {getattr(config, name)} must be even: RoPE rotates pairs ({flag(config, name)})")
+
+
+def flag(config: ModelConfig | TrainConfig, name: str) -> str:
+    """The command-line flag of a field."""
+    return ("--model." if isinstance(config, ModelConfig) else "--") + name.replace("_", "-")

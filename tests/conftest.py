@@ -26,10 +26,10 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def tiny_model(name: str, **overrides):
     """Model `name` in evaluation mode, float64, re-drawn: gains of 1 and biases of 0 would hide mistakes."""
-    Model, Config = MODELS[name]
-    sizes = {**Config.small, "vocab_size": VOCABULARY, "n_layers": 2, "max_seq_len": 64, **overrides}
+    Model = MODELS[name]
+    sizes = {**Model.Config.small, "vocab_size": VOCABULARY, "n_layers": 2, "max_seq_len": 64, **overrides}
     torch.manual_seed(0)
-    model = Model(Config(**sizes)).double().eval()
+    model = Model(Model.Config(**sizes)).double().eval()
     redraw(model)
     return model
 

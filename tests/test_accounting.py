@@ -1,6 +1,7 @@
 """Costs by formula against what torch counts, what the mask shows and what the model holds."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from llm.accounting import describe, forward_flops, mean_keys, summary, units
+from llm.analysis.accounting import describe, forward_flops, summary, units
 from llm.models import MODELS
+from llm.models.baseline import Baseline
 from llm.modules import masks
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.attention.sinks import SinkAttention
+from llm.modules.masks import mean_keys
 
 T = 48
 
@@ -22,8 +25,8 @@ def dense(model):
     """A copy whose masks hide nothing from the formula: what is counted when scores are computed first, then masked."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if hasattr(module, "visible"):
-            module.visible = masks.everything
+        if hasattr(module, "mask"):
+            module.mask = masks.everything
     return model
 
 
@@ -133,8 +136,8 @@ ACTIVE = {
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("small", [False, True])
 def test_parameters_are_those_of_a_formula_in_the_sizes(name, small):
-    Model, Config = MODELS[name]
-    c = Config(**Config.small) if small else Config()
+    Model = MODELS[name]
+    c = Model.Config(**Model.Config.small) if small else Model.Config()
     with torch.device("meta"):
         costs = describe(Model(c))
     outside = c.vocab_size * c.d_model + c.d_model  # the embedding, which is the head, too, and the last gain
@@ -158,9 +161,8 @@ def test_active_parameters_are_those_that_one_token_reaches(name):
 
 
 def test_the_baselines_costs_are_those_worked_out_by_hand():
-    Model, Config = MODELS["baseline"]
     with torch.device("meta"):
-        costs = describe(Model(Config()))
+        costs = describe(Baseline(Baseline.Config()))
     layer = 4 * 512 * 512 + 2 * 512 * 2048
     gains = (2 * 4 + 1) * 512
     assert costs["parameters"] == costs["active_parameters"] == 10_000 * 512 + 4 * layer + gains == 17_707_520
@@ -189,27 +191,33 @@ def test_cached_bytes_count_few_key_heads_and_latents_as_they_are():
 def test_layers_that_share_a_cache_are_counted_once():
     model = tiny_model("baseline")
     alone = describe(model, T)["cache_bytes_per_token"]
-    model.share = lambda layers: [layers[0]] * len(layers)
+    make_cache = model.make_cache
+
+    def shared(*size):
+        cache = make_cache(*size)
+        return replace(cache, layers=cache.layers[:1] * len(cache.layers))
+
+    model.make_cache = shared
     assert describe(model, T)["cache_bytes_per_token"] == alone / model.config.n_layers
 
 
 @pytest.mark.parametrize(
-    "visible, expected",
+    "mask, expected",
     [
         (masks.causal, (T + 1) / 2),
         (masks.everything, T),
-        (masks.window(1), 1),
-        (masks.window(8), 8 - 8 * 7 / 2 / T),
-        (masks.own_block(8), 4.5),
+        (masks.Window(1), 1),
+        (masks.Window(8), 8 - 8 * 7 / 2 / T),
+        (masks.OwnBlock(8), 4.5),
     ],
 )
-def test_mean_keys_are_counted_from_the_mask(visible, expected):
-    assert mean_keys(visible, T) == pytest.approx(expected, rel=1e-12)
+def test_mean_keys_are_counted_from_the_mask(mask, expected):
+    assert mean_keys(mask, T) == pytest.approx(expected, rel=1e-12)
 
 
 def test_mean_keys_of_a_long_text_are_estimated_without_its_whole_mask():
     assert mean_keys(masks.causal, 100_000) == pytest.approx(50_000.5, rel=1e-4)
-    assert mean_keys(masks.window(4096), 100_000) == pytest.approx(4096 - 4096 * 4095 / 2 / 100_000, rel=0.01)
+    assert mean_keys(masks.Window(4096), 100_000) == pytest.approx(4096 - 4096 * 4095 / 2 / 100_000, rel=0.01)
 
 
 def test_experts_beyond_the_chosen_cost_memory_but_no_work():
@@ -225,6 +233,13 @@ def test_a_module_may_say_what_it_computes():
     before = forward_flops(model, T)
     model.blocks[0].ffn.flops = lambda context: 1000 * context
     assert forward_flops(model, T) == before + 1000 * T
+
+
+def test_a_module_may_say_which_of_its_parameters_a_token_leaves_out():
+    model = tiny_model("baseline")
+    model.blocks[0].ffn.idle_parameters = lambda: 100.0
+    costs = describe(model, T)
+    assert costs["active_parameters"] == costs["parameters"] - 100
 
 
 def test_an_untied_head_costs_parameters_but_the_same_work():

@@ -4,6 +4,7 @@ transformers."""
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,22 +12,31 @@ import torch
 from conftest import redraw, tiny_model
 from torch._dynamo.testing import CompileCounter
 
-from llm.models.grouped_query import GroupedQueryConfig
-from llm.models.sparse import SparseConfig
+from llm.models.grouped_query import GroupedQuery
+from llm.models.sparse import Sparse
 from llm.modules import masks
-from llm.modules.attention.big_bird import big_bird, scramble
-from llm.modules.attention.core import attention, explicit_attention, fused_attention
+from llm.modules.attention.big_bird import BigBird, scramble
+from llm.modules.attention.core import explicit_attention
 from llm.modules.attention.gated import GatedAttention
 from llm.modules.attention.multi_head import MultiHeadAttention
-from llm.modules.attention.query_blocks import QueryBlocks, blocked_attention, blocks_serve
-from llm.modules.attention.sinks import SinkAttention, explicit_sink_attention, fused_sink_attention
-from llm.modules.attention.soft_capping import SoftCappedAttention, soft_capped_attention
-from llm.modules.attention.streaming import StreamingAttention, remember_first
-from llm.modules.cache import Cache
+from llm.modules.attention.sinks import SinkAttention
+from llm.modules.attention.soft_capping import SoftCappedAttention
+from llm.modules.attention.streaming import StreamingAttention, store_first
+from llm.modules.cache import Cache, Places
+from llm.modules.kernels import flex
+from llm.modules.kernels.attention import attend, fused_attention, fused_sink_attention
+from llm.modules.kernels.flex import block_mask, flex_attention, flex_serves
+from llm.modules.kernels.query_blocks import QueryBlocks, blocked_attention, blocks_serve
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 T = 40
 POSITIONS = torch.arange(T)
+
+
+def whole(length=T, device="cpu"):
+    """Queries and keys are one text."""
+    positions = torch.arange(length, device=device)
+    return Places(positions, positions, whole_text=True)
 
 
 def by_loop(sees, length=T):
@@ -47,13 +57,13 @@ def big_bird_by_loop(i, j):
 
 PATTERNS = {
     "causal": (masks.causal, lambda i, j: j <= i),
-    "window": (masks.window(7), lambda i, j: i - 7 < j <= i),
-    "dilated": (masks.dilated(4, 3), lambda i, j: j in (i, i - 3, i - 6, i - 9)),
-    "strided": (masks.strided(6), lambda i, j: j in range(i, -1, -6)),
-    "own block": (masks.own_block(6), lambda i, j: j in range(i - i % 6, i + 1)),
-    "summaries": (masks.summaries(6, 2), lambda i, j: j == i or (j < i and j % 6 in (4, 5))),
-    "first and window": (masks.first_and_window(3, 5), lambda i, j: j <= i and (j < 3 or j > i - 5)),
-    "big bird": (big_bird(block_size=3, n_global=1, n_window=2, n_random=2, seed=5, layer=2), big_bird_by_loop),
+    "window": (masks.Window(7), lambda i, j: i - 7 < j <= i),
+    "dilated": (masks.Dilated(4, 3), lambda i, j: j in (i, i - 3, i - 6, i - 9)),
+    "strided": (masks.Strided(6), lambda i, j: j in range(i, -1, -6)),
+    "own block": (masks.OwnBlock(6), lambda i, j: j in range(i - i % 6, i + 1)),
+    "summaries": (masks.Summaries(6, 2), lambda i, j: j == i or (j < i and j % 6 in (4, 5))),
+    "first and window": (masks.FirstAndWindow(3, 5), lambda i, j: j <= i and (j < 3 or j > i - 5)),
+    "big bird": (BigBird(block_size=3, n_global=1, n_window=2, n_random=2, seed=5, layer=2), big_bird_by_loop),
 }
 
 
@@ -104,7 +114,8 @@ def test_fused_attention_equals_the_equation(n_kv_heads, scale, kind):
     )
     if kind == "boolean":
         mask[..., 0] = True
-    explicit = explicit_attention(q, k, v, mask, scale)
+    shown, added = (None, mask) if kind == "bias" else (mask, None)
+    explicit = explicit_attention(q, k, v, shown, scale, bias=added)
     fused = fused_attention(q, k, v, None if kind == "causal" else mask, scale, is_causal=kind == "causal")
     assert_same(fused, explicit, q, k, v, *([bias] if kind == "bias" else []))
 
@@ -119,15 +130,15 @@ def test_explicit_attention_is_the_textbook_loop():
         torch.testing.assert_close(result[b, h, t], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("visible", [masks.causal, masks.window(7), masks.everything])
+@pytest.mark.parametrize("visible", [masks.causal, masks.Window(7), masks.everything])
 def test_attention_applies_mask_and_bias_together(visible):
     q, k, v = random_qkv(n_kv_heads=2)
     bias = torch.randn(4, T, T, dtype=torch.float64, requires_grad=True)
-    seen = visible(POSITIONS[:, None], POSITIONS[None])
-    expected = explicit_attention(q, k, v, bias.masked_fill(~seen, -torch.inf), 0.4)
-    assert_same(attention(q, k, v, POSITIONS, POSITIONS, visible, bias, 0.4), expected, q, k, v, bias)
+    seen = visible.visible(POSITIONS[:, None], POSITIONS[None])
+    expected = explicit_attention(q, k, v, seen, 0.4, bias=bias)
+    assert_same(attend(q, k, v, whole(), visible, bias=bias, scale=0.4), expected, q, k, v, bias)
     expected = explicit_attention(q, k, v, seen, 0.4)
-    assert_same(attention(q, k, v, POSITIONS, POSITIONS, visible, None, 0.4), expected, q, k, v)
+    assert_same(attend(q, k, v, whole(), visible, scale=0.4), expected, q, k, v)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -149,7 +160,7 @@ def test_blocks_of_queries_are_what_training_on_a_cpu_uses_and_gives_the_equatio
     assert blocks_serve(q, PATTERNS[name][0])
     assert not blocks_serve(q, masks.everything)
     positions = torch.arange(length)
-    ours = attention(q, k, v, positions, positions, PATTERNS[name][0])
+    ours = attend(q, k, v, whole(length), PATTERNS[name][0])
     assert type(ours.grad_fn).__name__ == "QueryBlocksBackward"
     mask = masks.visibility(PATTERNS[name][0], positions, positions)
     exact = explicit_attention(q.double(), k.double(), v.double(), mask)
@@ -164,7 +175,7 @@ def test_blocks_of_queries_take_a_bias_and_give_its_gradient(name, batch):
     q, k, v = random_qkv(queries=300, keys=300)
     bias = torch.randn(*batch, 4, 300, 300, dtype=torch.float64, requires_grad=True)
     mask = masks.visibility(PATTERNS[name][0], torch.arange(300), torch.arange(300))
-    explicit = explicit_attention(q, k, v, bias.masked_fill(~mask, -torch.inf))
+    explicit = explicit_attention(q, k, v, mask, bias=bias)
     assert_same(blocked_attention(q, k, v, PATTERNS[name][0], bias=bias), explicit, q, k, v, bias)
 
 
@@ -174,7 +185,7 @@ def test_blocks_of_queries_take_sinks_and_give_their_gradient(name, length):
     q, k, v = random_qkv(queries=length, keys=length)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     mask = masks.visibility(PATTERNS[name][0], torch.arange(length), torch.arange(length))
-    explicit = explicit_sink_attention(q, k, v, sinks, mask)
+    explicit = explicit_attention(q, k, v, mask, sinks=sinks)
     assert_same(blocked_attention(q, k, v, PATTERNS[name][0], sinks=sinks), explicit, q, k, v, sinks)
 
 
@@ -190,7 +201,7 @@ def test_training_on_a_cpu_in_bf16_takes_the_blocks(name, monkeypatch):
 
 def test_one_query_against_a_cache_sees_all_of_it():
     q, k, v = random_qkv(queries=1, keys=5)
-    heads = attention(q, k, v, torch.tensor([[4], [4]]), torch.arange(5).expand(2, 5))
+    heads = attend(q, k, v, Places(torch.tensor([[4], [4]]), torch.arange(5).expand(2, 5)))
     assert_same(heads, explicit_attention(q, k, v), q, k, v)
 
 
@@ -217,9 +228,9 @@ def test_heads_that_cannot_be_shared_evenly_are_refused():
     with pytest.raises(ValueError, match=r"n_kv_heads = 4.*n_heads = 6.*--model.n-kv-heads"):
         MultiHeadAttention(d_model=24, n_heads=6, n_kv_heads=4)
     with pytest.raises(ValueError, match=r"n_kv_heads = 3.*--model.n-kv-heads"):
-        GroupedQueryConfig(n_heads=16, n_kv_heads=3)
+        GroupedQuery.Config(n_heads=16, n_kv_heads=3)
     with pytest.raises(ValueError, match=r"n_kv_heads = 0 must be positive"):
-        GroupedQueryConfig(n_kv_heads=0)
+        GroupedQuery.Config(n_kv_heads=0)
 
 
 def test_the_cache_shrinks_by_the_number_of_heads_that_share():
@@ -252,23 +263,34 @@ def test_nothing_beyond_its_reach_is_visible_and_nothing_later(name):
 @pytest.mark.parametrize("parts", [[1] * T, [T], [11, 1, 1, 20, 1, 6]])
 def test_a_pattern_through_a_cache_equals_recomputing(name, parts):
     visible, _ = PATTERNS[name]
-    layer, x = mixer(visible=visible, n_kv_heads=2)
+    layer, x = mixer(mask=visible, n_kv_heads=2)
     torch.testing.assert_close(step_by_step(layer, x, parts), layer(x, POSITIONS), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+def test_masks_are_values_so_that_equal_ones_share_a_compiled_mask(name):
+    mask = PATTERNS[name][0]
+    again, other = replace(mask), masks.Window(8)
+    assert again is not mask
+    assert again == mask != other
+    assert hash(again) == hash(mask)
+    assert block_mask(again, T, torch.device("cpu")) is block_mask(mask, T, torch.device("cpu"))
+    assert block_mask(other, T, torch.device("cpu")) is not block_mask(mask, T, torch.device("cpu"))
+
+
 def test_two_layers_of_a_sparse_transformer_reach_every_token_of_the_finished_blocks():
-    local = masks.visibility(masks.own_block(6), POSITIONS, POSITIONS).int()
-    summary = masks.visibility(masks.summaries(6, 1), POSITIONS, POSITIONS).int()
+    local = masks.visibility(masks.OwnBlock(6), POSITIONS, POSITIONS).int()
+    summary = masks.visibility(masks.Summaries(6, 1), POSITIONS, POSITIONS).int()
     fixed = (summary @ local).bool()
     assert fixed[T - 1, : T - T % 6].all()
-    stride = masks.visibility(masks.strided(6), POSITIONS, POSITIONS).int()
-    recent = masks.visibility(masks.window(7), POSITIONS, POSITIONS).int()
+    stride = masks.visibility(masks.Strided(6), POSITIONS, POSITIONS).int()
+    recent = masks.visibility(masks.Window(7), POSITIONS, POSITIONS).int()
     assert (stride @ recent).bool()[T - 1].all()
 
 
 def test_big_bird_draws_other_blocks_for_other_seeds_and_layers_and_the_same_ones_again():
     def dense(**which):
-        visible = big_bird(block_size=2, n_global=1, n_window=2, n_random=2, **which)
+        visible = BigBird(block_size=2, n_global=1, n_window=2, n_random=2, **which)
         return masks.visibility(visible, torch.arange(200), torch.arange(200))
 
     assert torch.equal(dense(seed=1, layer=3), dense(seed=1, layer=3))
@@ -276,12 +298,12 @@ def test_big_bird_draws_other_blocks_for_other_seeds_and_layers_and_the_same_one
     assert not torch.equal(dense(seed=1, layer=3), dense(seed=1, layer=4))
     assert dense(seed=10**12).any()
     i = torch.arange(200, dtype=torch.int32)  # FlexAttention's kernels count in int32
-    visible = big_bird(block_size=2, n_global=1, n_window=2, n_random=2, seed=1, layer=3)
+    visible = BigBird(block_size=2, n_global=1, n_window=2, n_random=2, seed=1, layer=3)
     assert torch.equal(masks.visibility(visible, i, i), dense(seed=1, layer=3))
 
 
 def test_big_bird_draws_evenly():
-    visible = big_bird(block_size=1, n_global=0, n_window=1, n_random=1)
+    visible = BigBird(block_size=1, n_global=0, n_window=1, n_random=1)
     i, j = torch.arange(4001, 8001), torch.arange(4000)
     hits = masks.visibility(visible, i, j).sum(0)  # row i draws one of i columns
     expected = (1.0 / i).sum()
@@ -292,15 +314,15 @@ def test_big_bird_draws_evenly():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: masks.window(0), "window_size = 0"),
-        (lambda: masks.dilated(4, 0), "gap = 0"),
-        (lambda: masks.strided(0), "stride = 0.*--model.stride"),
-        (lambda: masks.own_block(-1), "stride = -1.*--model.stride"),
-        (lambda: masks.summaries(4, 5), "n_summary = 5.*--model.n-summary"),
-        (lambda: masks.first_and_window(-1, 4), "n_first = -1"),
-        (lambda: big_bird(block_size=0, n_global=1, n_window=1, n_random=1), "block_size = 0"),
-        (lambda: SparseConfig(stride=0), "stride = 0.*--model.stride"),
-        (lambda: SparseConfig(stride=4, n_summary=5), "n_summary = 5"),
+        (lambda: masks.Window(0), "window_size = 0"),
+        (lambda: masks.Dilated(4, 0), "gap = 0"),
+        (lambda: masks.Strided(0), "stride = 0.*--model.stride"),
+        (lambda: masks.OwnBlock(-1), "stride = -1.*--model.stride"),
+        (lambda: masks.Summaries(4, 5), "n_summary = 5.*--model.n-summary"),
+        (lambda: masks.FirstAndWindow(-1, 4), "n_first = -1"),
+        (lambda: BigBird(block_size=0, n_global=1, n_window=1, n_random=1), "block_size = 0"),
+        (lambda: Sparse.Config(stride=0), "stride = 0.*--model.stride"),
+        (lambda: Sparse.Config(stride=4, n_summary=5), "n_summary = 5"),
     ],
 )
 def test_sizes_without_meaning_are_refused(make, message):
@@ -347,9 +369,9 @@ def test_streaming_fills_its_slots_as_the_docstring_says():
     layer, x = mixer(StreamingAttention, n_first=2, window_size=3)
     cache, written, shown = Cache(torch.zeros(2, dtype=torch.int64), [layer.make_cache(2, 1000)]), [], []
     for token in x[:, :7].split(1, 1):
-        *_, k_pos = remember_first(cache.layers[0], cache.positions(1), 2, k=token.view(2, 1, 6, 4))
+        *_, places = store_first(cache.layers[0], cache.positions(1), 2, k=token.view(2, 1, 6, 4))
         written.append(cache.layers[0]["pos"][1].tolist())
-        shown.append(k_pos[1].tolist())
+        shown.append(places.k[1].tolist())
         cache.seen += 1
     rings = [[0, -1, -1], [0, 1, -1], [0, 1, 2], [3, 1, 2], [3, 4, 2], [3, 4, 5], [6, 4, 5]]
     firsts = [[0, -1], *[[0, 1]] * 6]
@@ -366,14 +388,14 @@ def test_streaming_keeps_the_first_tokens_after_the_padding_of_each_row(parts):
     torch.testing.assert_close(together[1, 7:], layer(x[1:, 7:], POSITIONS[:-7])[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("visible", [masks.causal, masks.window(5)])
+@pytest.mark.parametrize("visible", [masks.causal, masks.Window(5)])
 @pytest.mark.parametrize(("n_kv_heads", "v_dim", "scale"), [(6, 8, None), (2, 8, 0.6), (1, 5, None)])
 def test_the_fused_sink_equals_the_explicit_one(visible, n_kv_heads, v_dim, scale):
     q, k, v = random_qkv(n_heads=6, n_kv_heads=n_kv_heads, v_dim=v_dim)
     sinks = torch.randn(6, dtype=torch.float64, requires_grad=True)
     mask = masks.visibility(visible, POSITIONS, POSITIONS)
     fused = fused_sink_attention(q, k, v, sinks, mask, scale)
-    assert_same(fused, explicit_sink_attention(q, k, v, sinks, mask, scale), q, k, v, sinks)
+    assert_same(fused, explicit_attention(q, k, v, mask, scale, sinks=sinks), q, k, v, sinks)
 
 
 def test_a_sink_takes_its_share_of_the_softmax():
@@ -386,16 +408,16 @@ def test_a_sink_takes_its_share_of_the_softmax():
 
 def test_a_sink_at_minus_infinity_is_none():
     q, k, v = random_qkv()
-    mask = masks.visibility(masks.window(5), POSITIONS, POSITIONS)
+    mask = masks.visibility(masks.Window(5), POSITIONS, POSITIONS)
     plain = explicit_attention(q, k, v, mask)
-    explicit = explicit_sink_attention(q, k, v, torch.full((4,), -torch.inf), mask)
+    explicit = explicit_attention(q, k, v, mask, sinks=torch.full((4,), -torch.inf))
     fused = fused_sink_attention(q, k, v, torch.full((4,), -1e30, dtype=torch.float64), mask)
     torch.testing.assert_close(explicit, plain, rtol=0, atol=1e-12)
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-12)
 
 
 def test_sinks_come_through_windows_shared_heads_and_a_ring_cache():
-    layer, x = mixer(SinkAttention, n_kv_heads=2, visible=masks.window(5))
+    layer, x = mixer(SinkAttention, n_kv_heads=2, mask=masks.Window(5))
     assert layer.make_cache(2, 1000)["k"].shape[1] == 5
     whole = layer(x, POSITIONS)
     torch.testing.assert_close(step_by_step(layer, x, [9, 1, 1, 20, 9]), whole, rtol=0, atol=1e-10)
@@ -403,14 +425,14 @@ def test_sinks_come_through_windows_shared_heads_and_a_ring_cache():
     assert not torch.allclose(layer(x, POSITIONS), whole)
 
 
-@pytest.mark.parametrize("visible", [masks.causal, masks.window(5)])
-def test_soft_capping_bends_scores_and_not_the_mask(visible):
-    layer, x = mixer(SoftCappedAttention, soft_cap=0.8, n_kv_heads=2, visible=visible, scale=1.3)
+@pytest.mark.parametrize("visible", [masks.causal, masks.Window(5)])
+def test_soft_capping_caps_scores_and_not_the_mask(visible):
+    layer, x = mixer(SoftCappedAttention, soft_cap=0.8, n_kv_heads=2, mask=visible, scale=1.3)
     torch.testing.assert_close(step_by_step(layer, x, [9, 1, 1, 20, 9]), layer(x, POSITIONS), rtol=0, atol=1e-10)
 
     q, k, v = random_qkv()
-    seen = visible(POSITIONS[:, None], POSITIONS[None])
-    heads = soft_capped_attention(q, k, v, seen, 0.8, 1.3)
+    seen = visible.visible(POSITIONS[:, None], POSITIONS[None])
+    heads = explicit_attention(q, k, v, seen, 1.3, soft_cap=0.8)
     for t in (0, 6, T - 1):
         keys = [s for s in range(T) if seen[t, s]]
         scores = torch.stack([0.8 * torch.tanh(1.3 * q[1, 2, t] @ k[1, 2, s] / 0.8) for s in keys])
@@ -420,7 +442,7 @@ def test_soft_capping_bends_scores_and_not_the_mask(visible):
 def test_a_high_cap_changes_nothing():
     q, k, v = random_qkv()
     mask = torch.ones(T, T, dtype=torch.bool).tril()
-    capped = soft_capped_attention(q, k, v, mask, soft_cap=1e6)
+    capped = explicit_attention(q, k, v, mask, soft_cap=1e6)
     torch.testing.assert_close(capped, explicit_attention(q, k, v, mask), rtol=0, atol=1e-9)
 
 
@@ -483,19 +505,19 @@ def ours(Mixer, state, **options):
 
 def test_a_sliding_window_equals_mistral():
     layer, config = theirs("mistral", sliding_window=5)
-    y, x = ours(MultiHeadAttention, layer.state_dict(), visible=masks.window(5))
+    y, x = ours(MultiHeadAttention, layer.state_dict(), mask=masks.Window(5))
     torch.testing.assert_close(y, run(layer, config, x), rtol=0, atol=1e-6)  # they take the softmax in fp32
 
 
 def test_sinks_with_a_window_equal_gpt_oss():
     layer, config = theirs("gpt_oss", sliding_window=5, attention_bias=True)
-    y, x = ours(SinkAttention, layer.state_dict(), visible=masks.window(5), qkv_bias=True, o_bias=True)
+    y, x = ours(SinkAttention, layer.state_dict(), mask=masks.Window(5), qkv_bias=True, o_bias=True)
     torch.testing.assert_close(y, run(layer, config, x), rtol=0, atol=1e-10)
 
 
 def test_soft_capping_with_a_window_equals_gemma_2():
     layer, config = theirs("gemma2", sliding_window=5, attn_logit_softcapping=0.8, query_pre_attn_scalar=3)
-    y, x = ours(SoftCappedAttention, layer.state_dict(), soft_cap=0.8, scale=3**-0.5, visible=masks.window(5))
+    y, x = ours(SoftCappedAttention, layer.state_dict(), soft_cap=0.8, scale=3**-0.5, mask=masks.Window(5))
     torch.testing.assert_close(y, run(layer, config, x), rtol=0, atol=1e-6)  # they take the softmax in fp32
 
 
@@ -513,27 +535,25 @@ def test_a_gate_equals_qwen3_next():
 @pytest.mark.parametrize(("name", "soft_cap"), [*((name, None) for name in PATTERNS), ("window", 0.8)])
 def test_flex_attention_equals_the_mask(name, soft_cap):
     """Its uncompiled form, which runs on any machine without gradients: the functions handed to it are right."""
-    from llm.modules.attention.flex import flex_attention
-
     visible, _ = PATTERNS[name]
     mask = masks.visibility(visible, POSITIONS, POSITIONS)
     q, k, v = [x.detach() for x in random_qkv(6, 2, head_dim=16, v_dim=16, dtype=torch.float32)]
     if soft_cap is None:
-        flex, expected = flex_attention(q, k, v, visible, 0.5), explicit_attention(q, k, v, mask, 0.5)
+        heads, expected = flex_attention(q, k, v, visible, 0.5), explicit_attention(q, k, v, mask, 0.5)
     else:
-        flex = flex_attention(q, k, v, visible, 0.5, lambda score: soft_cap * torch.tanh(score / soft_cap))
-        expected = soft_capped_attention(q, k, v, mask, soft_cap, 0.5)
-    torch.testing.assert_close(flex, expected, rtol=0, atol=1e-5)
+        heads = flex_attention(q, k, v, visible, 0.5, soft_cap)
+        expected = explicit_attention(q, k, v, mask, 0.5, soft_cap=soft_cap)
+    torch.testing.assert_close(heads, expected, rtol=0, atol=1e-5)
 
 
 # T = 500 is four blocks of 128: some that a block of queries sees in full, some in part, and some not at all
 LONG = {
-    "window": (masks.window(256), {"full", "partial", "skipped"}),
+    "window": (masks.Window(256), {"full", "partial", "skipped"}),
     "big bird": (
-        big_bird(block_size=128, n_global=1, n_window=1, n_random=1, layer=1),
+        BigBird(block_size=128, n_global=1, n_window=1, n_random=1, layer=1),
         {"full", "partial", "skipped"},
     ),
-    "strided": (masks.strided(6), {"partial", "skipped"}),
+    "strided": (masks.Strided(6), {"partial", "skipped"}),
 }
 
 
@@ -541,8 +561,6 @@ LONG = {
 @pytest.mark.parametrize("name", LONG)
 def test_flex_attention_over_several_blocks_equals_the_mask_in_values_and_gradients(name, monkeypatch):
     """Uncompiled: torch forbids gradients on a CPU, since its CPU kernel has none, but this form can compute them."""
-    from llm.modules.attention import flex
-
     monkeypatch.setattr(flex.torch_flex, "_validate_device", lambda *_: None)
     visible, _ = LONG[name]
     positions = torch.arange(500)
@@ -554,33 +572,27 @@ def test_flex_attention_over_several_blocks_equals_the_mask_in_values_and_gradie
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("n_axes", [3, 4])
 def test_flex_attention_with_a_bias_equals_the_mask_in_values_and_gradients(n_axes, monkeypatch):
-    from llm.modules.attention import flex
-
     monkeypatch.setattr(flex.torch_flex, "_validate_device", lambda *_: None)
-    visible, positions = masks.window(256), torch.arange(500)
+    visible, positions = masks.Window(256), torch.arange(500)
     q, k, v = random_qkv(6, 2, queries=500, keys=500, head_dim=16, v_dim=16, dtype=torch.float32)
     bias = torch.randn((2, 6, 500, 500)[4 - n_axes :], requires_grad=True)
-    mask = bias.masked_fill(~masks.visibility(visible, positions, positions), -torch.inf)
+    mask = masks.visibility(visible, positions, positions)
     ours = flex.flex_attention(q, k, v, visible, 0.5, bias=bias)
-    assert_same(ours, explicit_attention(q, k, v, mask, 0.5), q, k, v, bias, atol=1e-5)
+    assert_same(ours, explicit_attention(q, k, v, mask, 0.5, bias=bias), q, k, v, bias, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_with_sinks_equals_the_equation_in_values_and_gradients(monkeypatch):
-    from llm.modules.attention import flex
-
     monkeypatch.setattr(flex.torch_flex, "_validate_device", lambda *_: None)
-    visible, positions = masks.window(256), torch.arange(500)
+    visible, positions = masks.Window(256), torch.arange(500)
     q, k, v = random_qkv(6, 2, queries=500, keys=500, head_dim=16, v_dim=16, dtype=torch.float32)
     sinks = (4 * torch.randn(6)).requires_grad_()
-    expected = explicit_sink_attention(q, k, v, sinks, masks.visibility(visible, positions, positions), 0.5)
+    expected = explicit_attention(q, k, v, masks.visibility(visible, positions, positions), 0.5, sinks=sinks)
     assert_same(flex.flex_attention(q, k, v, visible, 0.5, sinks=sinks), expected, q, k, v, sinks, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_blocks_that_flex_attention_sees_in_full_in_part_or_not_at_all_make_up_the_mask(name):
-    from llm.modules.attention.flex import block_mask
-
     visible, kinds = LONG[name]
     positions, blocks = torch.arange(500), [slice(i, i + 128) for i in range(0, 500, 128)]
     lists = block_mask(visible, 500, torch.device("cpu"))
@@ -601,8 +613,6 @@ def test_blocks_that_flex_attention_sees_in_full_in_part_or_not_at_all_make_up_t
 
 def test_flex_attention_compiles_a_kernel_for_each_of_many_masks_and_fails_rather_than_stop_compiling(monkeypatch):
     """With a compiler that only counts: the limit is lifted in every thread, as checkpointing needs, and only here."""
-    from llm.modules.attention import flex
-
     counter = CompileCounter()
     compile = partial(torch.compile, backend=counter)
     monkeypatch.setattr(flex.torch, "compile", compile)
@@ -610,7 +620,7 @@ def test_flex_attention_compiles_a_kernel_for_each_of_many_masks_and_fails_rathe
     q, k, v = (x.detach() for x in random_qkv(6, 2, head_dim=16, v_dim=16, dtype=torch.float32))
     limit = torch._dynamo.config.recompile_limit
     layers = [
-        big_bird(block_size=3, n_global=1, n_window=2, n_random=2, seed=5, layer=layer) for layer in range(limit + 4)
+        BigBird(block_size=3, n_global=1, n_window=2, n_random=2, seed=5, layer=layer) for layer in range(limit + 4)
     ]
 
     def attend_to_all():
@@ -626,12 +636,10 @@ def test_flex_attention_compiles_a_kernel_for_each_of_many_masks_and_fails_rathe
     assert counter.frame_count == len(layers)
     assert torch._dynamo.config.recompile_limit == limit
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        flex.torch_flex.flex_attention(q, k, v, None, flex.block_mask(masks.window(9), T, q.device), 0.5, True)
+        flex.torch_flex.flex_attention(q, k, v, None, flex.block_mask(masks.Window(9), T, q.device), 0.5, True)
 
 
 def test_flex_attention_is_tried_with_what_it_will_be_given(monkeypatch):
-    from llm.modules.attention import flex
-
     tried = []
 
     def fails_when_shared(q, k, v, visible, bias, sinks):
@@ -657,8 +665,6 @@ def test_flex_attention_is_tried_with_what_it_will_be_given(monkeypatch):
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_flex_attention_on_cuda_equals_the_mask_in_values_and_gradients(name, head_dim):
-    from llm.modules.attention.flex import flex_serves
-
     visible, _ = PATTERNS[name]
     q, k, v = [
         x.detach().cuda().requires_grad_()
@@ -667,30 +673,26 @@ def test_flex_attention_on_cuda_equals_the_mask_in_values_and_gradients(name, he
     assert flex_serves(q, k), "this GPU cannot compile FlexAttention: training falls back to masks"
     positions = POSITIONS.cuda()
     expected = explicit_attention(q, k, v, masks.visibility(visible, positions, positions))
-    assert_same(attention(q, k, v, positions, positions, visible), expected, q, k, v, atol=2e-2)
+    assert_same(attend(q, k, v, whole(device="cuda"), visible), expected, q, k, v, atol=2e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels need a CUDA device")
 @pytest.mark.parametrize("n_axes", [3, 4])
 def test_flex_attention_on_cuda_with_a_bias_equals_the_mask_in_values_and_gradients(n_axes):
-    from llm.modules.attention.flex import flex_serves
-
     q, k, v = [x.detach().cuda().requires_grad_() for x in random_qkv(6, 2, head_dim=32, v_dim=32, dtype=torch.float32)]
     bias = torch.randn((2, 6, T, T)[4 - n_axes :], device="cuda", requires_grad=True)
     assert flex_serves(q, k, bias), "this GPU cannot compile FlexAttention: training falls back to masks"
     positions = POSITIONS.cuda()
-    mask = bias.masked_fill(~masks.visibility(masks.causal, positions, positions), -torch.inf)
-    ours = attention(q, k, v, positions, positions, bias=bias)
-    assert_same(ours, explicit_attention(q, k, v, mask), q, k, v, bias, atol=2e-2)
+    mask = masks.visibility(masks.causal, positions, positions)
+    ours = attend(q, k, v, whole(device="cuda"), bias=bias)
+    assert_same(ours, explicit_attention(q, k, v, mask, bias=bias), q, k, v, bias, atol=2e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernels need a CUDA device")
 def test_flex_attention_on_cuda_with_sinks_equals_the_equation_in_values_and_gradients():
-    from llm.modules.attention.flex import flex_attention, flex_serves
-
     q, k, v = [x.detach().cuda().requires_grad_() for x in random_qkv(6, 2, head_dim=32, v_dim=32, dtype=torch.float32)]
     sinks = (4 * torch.randn(6, device="cuda")).requires_grad_()
     assert flex_serves(q, k, sinks=sinks), "this GPU cannot compile FlexAttention: training falls back to masks"
-    positions, visible = POSITIONS.cuda(), masks.window(5)
-    expected = explicit_sink_attention(q, k, v, sinks, masks.visibility(visible, positions, positions), 0.5)
+    positions, visible = POSITIONS.cuda(), masks.Window(5)
+    expected = explicit_attention(q, k, v, masks.visibility(visible, positions, positions), 0.5, sinks=sinks)
     assert_same(flex_attention(q, k, v, visible, 0.5, sinks=sinks), expected, q, k, v, sinks, atol=2e-2)

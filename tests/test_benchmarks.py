@@ -76,7 +76,7 @@ def test_rivals_have_the_size_of_the_baseline(name, size):
 
 def test_rivals_compute_a_loss_with_a_gradient():
     train = load(BENCHMARKS / "train.py")
-    config = train.BaselineConfig(vocab_size=97, max_seq_len=32, d_model=64, n_layers=1, n_heads=4, d_ff=96)
+    config = train.Baseline.Config(vocab_size=97, max_seq_len=32, d_model=64, n_layers=1, n_heads=4, d_ff=96)
     for name in ("ours", "transformers GPT-2", "transformers Llama"):
         model, loss = train.MAKE[name](config)
         value = loss(torch.randint(97, (2, 17)))

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from llm import checkpoint
-from llm.checkpoint import (
+from llm.training import checkpoint
+from llm.training.checkpoint import (
     CheckpointError,
     best_checkpoint,
-    check_same_run,
     find_checkpoints,
     load_model_weights,
     load_training_state,
@@ -23,6 +22,7 @@ from llm.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from llm.training.resume import check_same_run
 
 CONFIG = {
     "model_name": "baseline",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
 
-from llm.compare import check_fair, main, name_apart, read_run, table
+from llm.analysis.compare import check_fair, main, name_apart, read_run, table
 from llm.config import TrainConfig
 from llm.modules.position_encoding.context_extension import LinearInterpolation
-from llm.run_directory import RunDirectoryError
+from llm.training.run_directory import RunDirectoryError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train_scripts"))
 from extend_context import loss_by_position

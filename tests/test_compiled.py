@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
 
-from llm.gradient import Objective
 from llm.models import MODELS
+from llm.training.gradient import Objective
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = ("baseline", "mixtral", "deepseek_v3")  # without, with and with another kind of auxiliary loss

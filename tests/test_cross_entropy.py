@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.modules.cross_entropy import explicit_cross_entropy, linear_cross_entropy
+from llm.modules.kernels.cross_entropy import explicit_cross_entropy, linear_cross_entropy
 
 
 def value_and_gradients(loss, dtype, autocast=False):

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from llm import data as data_module
-from llm.data import eval_windows, open_tokens, step_batches, token_bytes, windows
-from llm.sample_stories import sample_stories
-from llm.tokenization import file_sha256, load_tokenizer, pre_tokenize
+from llm.data import files
+from llm.data import windows as windows_module
+from llm.data.files import load_tokenizer, map_tokens, open_tokens, token_bytes
+from llm.data.sample import sample_stories
+from llm.data.tokenize import pre_tokenize
+from llm.data.windows import count_windows, eval_windows, step_batches, windows
+from llm.files import sha256
+from llm.training.device import Machine
 
 SIDE = "tinystories_tokens.json"
 TRAIN = "tinystories_train_tokens.npy"
@@ -37,7 +41,7 @@ def rewrite(folder, tokens) -> None:
     np.save(folder / TRAIN, tokens)
     side = json.loads((folder / SIDE).read_text(encoding="utf-8"))
     recorded = next(file for file in side["files"] if file["name"] == TRAIN)
-    recorded |= {"bytes": (folder / TRAIN).stat().st_size, "sha256": file_sha256(folder / TRAIN)}
+    recorded |= {"bytes": (folder / TRAIN).stat().st_size, "sha256": sha256(folder / TRAIN)}
     (folder / SIDE).write_text(json.dumps(side), encoding="utf-8")
 
 
@@ -49,8 +53,8 @@ def test_open_tokens_gives_what_was_written(folder):
     tokenizer = load_tokenizer(data.tokenizer_path)
     assert isinstance(data.train, np.memmap) and data.train.dtype == np.uint16 and not data.train.flags.writeable
     assert (data.vocab_size, data.eot) == (400, tokenizer.token_to_id("<|endoftext|>"))
-    assert data.tokenizer_sha256 == file_sha256(data.tokenizer_path)
-    assert data.train_sha256 == file_sha256(folder / TRAIN)
+    assert data.tokenizer_sha256 == sha256(data.tokenizer_path)
+    assert data.train_sha256 == sha256(folder / TRAIN)
     first = data.train[: int(np.argmax(data.train == data.eot))]
     assert tokenizer.decode(first.tolist()) == sample_stories()["train"][0]
 
@@ -91,7 +95,7 @@ def test_a_damaged_side_file_is_refused(folder, text):
 
 
 def test_an_id_outside_the_vocabulary_is_found_with_its_offset(folder, monkeypatch):
-    monkeypatch.setattr(data_module, "CHECKED_AT_ONCE", 100)
+    monkeypatch.setattr(files, "CHECKED_AT_ONCE", 100)
     tokens = np.array(open_tokens(folder).train)
     tokens[1234], tokens[1290] = 500, 65_535
     rewrite(folder, tokens)
@@ -110,7 +114,7 @@ def test_an_array_of_objects_is_not_unpickled(folder):
     np.save(folder / "objects.npy", np.array([{}], dtype=object))
     (folder / "objects.npy").rename(folder / TRAIN)
     with pytest.raises(ValueError, match=r"allow_pickle=False|Array can't be memory-mapped"):
-        data_module.map_tokens(folder / TRAIN, 400)
+        map_tokens(folder / TRAIN, 400)
 
 
 # windows
@@ -141,8 +145,8 @@ def test_the_stream_depends_on_the_seed_and_on_nothing_else():
 
 
 def test_the_last_token_that_fills_a_window_is_used_and_too_few_are_refused():
-    assert data_module.count_windows(np.arange(2 * T + 1), T) == 2
-    assert data_module.count_windows(np.arange(2 * T), T) == 1
+    assert count_windows(np.arange(2 * T + 1), T) == 2
+    assert count_windows(np.arange(2 * T), T) == 1
     assert windows(np.arange(T + 1), T, 0, 0, 1).tolist() == [list(range(T + 1))]
     with pytest.raises(ValueError, match=r"hold 7 tokens, and one window of 7 needs 8.*--model\.max-seq-len"):
         windows(np.arange(T), T, 0, 0, 1)
@@ -209,8 +213,8 @@ def test_a_batch_that_does_not_divide_is_refused_at_once():
 
 def test_the_next_step_is_prepared_meanwhile_and_no_more_than_one(monkeypatch):
     asked = []
-    real = data_module.windows
-    monkeypatch.setattr(data_module, "windows", lambda *a: asked.append(a[3]) or real(*a))
+    real = windows
+    monkeypatch.setattr(windows_module, "windows", lambda *a: asked.append(a[3]) or real(*a))
     steps = step_batches(TOKENS, seq_len=T, micro_batch_size=8, windows_per_step=8, seed=0, first_step=0, last_step=9)
     next(steps)
     next(steps)
@@ -222,14 +226,17 @@ def test_what_fails_in_the_thread_is_raised_to_the_caller(monkeypatch):
     def fail(*arguments):
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(data_module, "windows", fail)
+    monkeypatch.setattr(windows_module, "windows", fail)
     with pytest.raises(OSError, match="the disk went away"):
         batches()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_arrive_on_the_gpu():
-    assert same([[(j, rows.cpu()) for j, rows in step] for step in batches(device="cuda")], batches())
+    to_device = Machine(torch.device("cuda"), bf16=True, compile=False).to_device
+    there = batches(to_device=to_device)
+    assert all(rows.is_cuda for step in there for _, rows in step)
+    assert same([[(j, rows.cpu()) for j, rows in step] for step in there], batches())
 
 
 # bits per byte

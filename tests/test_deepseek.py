@@ -13,11 +13,13 @@ from parity import EAGER, assert_parity, assert_same_logits, original
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from llm.accounting import active_parameters
-from llm.models.deepseek import DeepseekV2, DeepseekV3, DeepseekV3Config, sizes
+from llm.analysis.accounting import active_parameters
+from llm.hub.maps import PUBLISHED, SIZES
+from llm.hub.tables import PretrainedError, parts, plan, read_config
+from llm.models.case_studies.deepseek_v2 import DeepseekV2
+from llm.models.case_studies.deepseek_v3 import DeepseekV3
 from llm.modules.multi_token_prediction import PredictionModule
 from llm.modules.norms import RMSNorm
-from llm.name_table import PretrainedError, parts, plan, read_config
 from llm.pretrained import export_pretrained, load_pretrained
 
 SHAPE = dict(
@@ -209,7 +211,7 @@ def test_what_would_compute_something_else_is_an_error_that_names_it(tmp_path, f
 )
 def test_published_sizes_have_the_published_number_of_parameters(name, Model, parameters):
     with torch.device("meta"):
-        model = Model(sizes[name])
+        model = Model(SIZES[Model][name])
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -230,11 +232,11 @@ def test_the_config_as_published_is_that_of_sizes():
             torch_dtype="bfloat16", transformers_version="4.33.1", use_cache=True, v_head_dim=128, vocab_size=129280
         ),
     )
-    assert DeepseekV3Config(**read_config(DeepseekV3.published, config)) == sizes["deepseek-v3"]
+    assert DeepseekV3.Config(**read_config(PUBLISHED[DeepseekV3], config)) == SIZES[DeepseekV3]["deepseek-v3"]
 
 
 def test_the_published_model_has_the_experts_and_the_scale_of_its_report():
-    config = sizes["deepseek-v3"]
+    config = SIZES[DeepseekV3]["deepseek-v3"]
     assert config.attention_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
     with torch.device("meta"):
         model = DeepseekV3(config)
@@ -258,7 +260,7 @@ def test_the_published_model_has_the_experts_and_the_scale_of_its_report():
 )
 def test_impossible_settings_are_named(changes, named):
     with pytest.raises(ValueError, match=re.escape(named)):
-        DeepseekV3Config(**changes)
+        DeepseekV3.Config(**changes)
 
 
 # Multi-token prediction
@@ -318,8 +320,8 @@ def test_prediction_modules_are_those_of_transformers(tokens):
 
 def block(config):
     """A sparse block of ours for a config of theirs."""
-    ours = read_config(DeepseekV3.published, config.to_dict())
-    return DeepseekV3(DeepseekV3Config(**ours)).blocks[-1]
+    ours = read_config(PUBLISHED[DeepseekV3], config.to_dict())
+    return DeepseekV3(DeepseekV3.Config(**ours)).blocks[-1]
 
 
 def copy_module(ours, theirs):
@@ -330,7 +332,7 @@ def copy_module(ours, theirs):
         ours.get_submodule(our_name).weight.copy_(state[name + ".weight"])
     inner = {name.replace("mtp_block.", "model.layers.0."): x for name, x in state.items() if "mtp_block." in name}
     targets = {f"blocks.0.{name}": x for name, x in ours.block.state_dict().items()}
-    for step in plan(DeepseekV3.published.names, targets, inner):
+    for step in plan(PUBLISHED[DeepseekV3].names, targets, inner):
         values = step.operation.load([inner[name] for name in step.theirs])
         for target, value in zip(parts(targets, step), values, strict=True):
             target.copy_(value)

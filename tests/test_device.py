@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llm.config import TrainConfig
-from llm.device import Machine, check_kernels, find_device, find_machine
-from llm.optim import learning_rate, make_optimizer
-from llm.train import default_out
+from llm.training.device import Machine, check_kernels, find_device, find_machine
+from llm.training.loop import default_out
+from llm.training.optim import learning_rate, make_optimizer, split_by_decay
 
 
 def test_a_gpu_without_kernels_is_found_and_the_remedy_named():
@@ -73,6 +73,23 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     assert rates[34] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
     assert rates[-1] == pytest.approx(0.1)
     assert learning_rate(1, replace(config, warmup_steps=0)) < 1.0
+
+
+class WithBias(torch.nn.Linear):
+    """A layer that names a parameter of its own."""
+
+    no_weight_decay = ("table",)
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.table = torch.nn.Parameter(torch.zeros(3, 3))
+
+
+def test_what_a_module_names_does_not_decay():
+    model = torch.nn.Sequential(WithBias(), torch.nn.Linear(3, 3))
+    decaying, others = split_by_decay(model)
+    assert [id(p) for p in decaying] == [id(model[0].weight), id(model[1].weight)]
+    assert {id(p) for p in others} == {id(model[0].bias), id(model[0].table), id(model[1].bias)}
 
 
 def test_matrices_decay_and_vectors_do_not():

@@ -30,9 +30,9 @@ from training import (
     write_corpus,
 )
 
-from llm import flags as flags_module
-from llm import train as loop
-from llm.run_directory import RunDirectory
+from llm.training import flags as flags_module
+from llm.training import loop
+from llm.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 TEN_STEPS = {"--steps": 10, "--eval-every": 5, "--micro-batch-size": 2}

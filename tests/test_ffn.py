@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import redraw
 
-from llm.config import DecoderConfig
-from llm.models.baseline import Baseline, BaselineConfig
-from llm.models.swiglu import SwiGLUConfig, SwiGLUDecoder
+from llm.models.baseline import Baseline
+from llm.models.swiglu import SwiGLUDecoder
 from llm.modules.ffn import activations
 from llm.modules.ffn.glu import GLU, GeGLU, ReGLU, SwiGLU, gated_width
 from llm.modules.ffn.mlp import MLP
@@ -81,11 +80,11 @@ def test_the_width_rule_without_rounding_is_exact_where_three_divides():
     assert gated_width(8, multiple_of=64) == 64
 
 
-@pytest.mark.parametrize("sizes", [{}, DecoderConfig.small])
+@pytest.mark.parametrize("sizes", [{}, Baseline.Config.small])
 def test_the_swiglu_model_has_the_parameters_of_the_baseline(sizes):
     with torch.device("meta"):
-        gated = SwiGLUDecoder(SwiGLUConfig(**sizes))
-        plain = Baseline(BaselineConfig(**sizes))
+        gated = SwiGLUDecoder(SwiGLUDecoder.Config(**sizes))
+        plain = Baseline(Baseline.Config(**sizes))
     count = [sum(p.numel() for p in model.parameters()) for model in (gated, plain)]
     assert count[0] == pytest.approx(count[1], rel=0.005)
 

@@ -7,8 +7,9 @@ import torch
 from conftest import tiny_model
 from parity import EAGER, assert_parity, assert_same_logits, draw_tokens, original, twins
 
-from llm.models.gemma import Gemma2, Gemma2Config, Gemma3, Gemma3Config, sizes
-from llm.name_table import PretrainedError, read_config
+from llm.hub.maps import PUBLISHED, SIZES
+from llm.hub.tables import PretrainedError, read_config
+from llm.models.case_studies.gemma import Gemma2, Gemma3
 from llm.pretrained import load_pretrained
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -149,7 +150,7 @@ def test_no_logit_of_gemma2_leaves_the_ceiling(tokens):
 def test_published_sizes_have_the_published_number_of_parameters(name, parameters):
     Model = Gemma2 if name.startswith("gemma2") else Gemma3
     with torch.device("meta"):
-        model = Model(sizes[name])
+        model = Model(SIZES[Model][name])
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -161,13 +162,13 @@ def test_the_configs_of_published_models_are_those_of_sizes():
     nine |= dict(hidden_size=3584, intermediate_size=14336, max_position_embeddings=8192, model_type="gemma2")
     nine |= dict(num_attention_heads=16, num_hidden_layers=42, num_key_value_heads=8, rope_theta=10000.0)
     nine |= dict(sliding_window=4096, sliding_window_size=4096, vocab_size=256000)
-    assert Gemma2Config(**read_config(Gemma2.published, common | nine)) == sizes["gemma2-9b"]
+    assert Gemma2.Config(**read_config(PUBLISHED[Gemma2], common | nine)) == SIZES[Gemma2]["gemma2-9b"]
 
     one = dict(attn_logit_softcapping=None, final_logit_softcapping=None, hidden_size=1152, intermediate_size=6912)
     one |= dict(max_position_embeddings=32768, model_type="gemma3_text", num_attention_heads=4, num_hidden_layers=26)
     one |= dict(num_key_value_heads=1, rope_local_base_freq=10000, rope_scaling=None, rope_theta=1000000)
     one |= dict(sliding_window=512, sliding_window_pattern=6, vocab_size=262144)
-    assert Gemma3Config(**read_config(Gemma3.published, common | one)) == sizes["gemma3-1b"]
+    assert Gemma3.Config(**read_config(PUBLISHED[Gemma3], common | one)) == SIZES[Gemma3]["gemma3-1b"]
 
 
 @pytest.mark.parametrize(
@@ -182,4 +183,4 @@ def test_the_configs_of_published_models_are_those_of_sizes():
 )
 def test_a_config_that_makes_no_sense_names_the_flag(fields, message):
     with pytest.raises(ValueError, match=message):
-        Gemma3Config(**fields)
+        Gemma3.Config(**fields)

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from llm import generate
-from llm.checkpoint import CheckpointError
-from llm.generate import Sampler, build_model, compile_decoding, generate_tokens, greedy, write
+from llm.data.vocabulary import train_bpe
+from llm.generate.compile import compile_decoding
+from llm.generate.load import build_model
+from llm.generate.sampling import Sampler, generate_tokens, greedy
+from llm.generate.text import write
 from llm.models import MODELS
 from llm.modules.cache import STEP
-from llm.tokenization import train_bpe
+from llm.training.checkpoint import CheckpointError
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
 
@@ -245,12 +247,10 @@ def test_ctrl_c_while_a_story_streams_ends_it_quietly(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     model.generate = write_one
-    monkeypatch.setattr("llm.hub_folder.is_hub_folder", lambda path: True)
-    monkeypatch.setattr("llm.hub_folder.stop_tokens", lambda path: ())
-    monkeypatch.setattr("llm.hub_folder.load_hub_tokenizer", lambda path: tokenizer)
-    monkeypatch.setattr("llm.pretrained.load_pretrained", lambda path, device: model)
+    monkeypatch.setattr("llm.hub.folder.stop_tokens", lambda path: ())
+    monkeypatch.setattr("llm.generate.load.load_run", lambda path, device: (model, tokenizer))
     monkeypatch.setattr(sys, "argv", ["generate", "somewhere", "--prompt", "b"])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(generate.__file__, run_name="__main__")
+        runpy.run_module("llm.generate", run_name="__main__")
     assert stopped.value.code == 130
     assert capsys.readouterr() == ("b!\n", "")

@@ -14,8 +14,9 @@ from parity import (
 )
 from safetensors.torch import load_file, save_file
 
-from llm.models.gpt2 import GPT2, GPT2Config, sizes
-from llm.name_table import PretrainedError, parts, plan, read_config
+from llm.hub.maps import PUBLISHED, SIZES
+from llm.hub.tables import PretrainedError, parts, plan, read_config
+from llm.models.case_studies.gpt2 import GPT2
 from llm.pretrained import load_pretrained
 
 GPT2_ONLY = {"num_key_value_heads": None, "intermediate_size": None, "layer_norm_epsilon": 1e-3}
@@ -43,7 +44,7 @@ def test_gradients_equal_those_of_the_original(config, tmp_path):
     our_grads = {name: parameter.grad for name, parameter in ours.named_parameters()}
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     compared = set()
-    for step in plan(GPT2.published.names, our_grads, expected):
+    for step in plan(PUBLISHED[GPT2].names, our_grads, expected):
         for name, grad in zip(step.theirs, step.operation.save(parts(our_grads, step)), strict=True):
             assert (grad - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
             compared.add(name)
@@ -103,7 +104,7 @@ def test_a_setting_that_changes_the_result_is_an_error_that_names_it(tmp_path, f
 )
 def test_published_sizes_have_the_published_number_of_parameters(name, parameters):
     with torch.device("meta"):
-        model = GPT2(sizes[name])
+        model = GPT2(SIZES[GPT2][name])
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -116,11 +117,11 @@ def test_the_config_of_the_published_xl_model_is_that_of_sizes():
         **dict(summary_type="cls_index", summary_use_proj=True, vocab_size=50257),
         **dict(task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}),
     )
-    assert GPT2Config(**read_config(GPT2.published, config)) == sizes["gpt2-xl"]
+    assert GPT2.Config(**read_config(PUBLISHED[GPT2], config)) == SIZES[GPT2]["gpt2-xl"]
 
 
 def test_the_table_of_positions_ends_at_the_context():
-    model = GPT2(GPT2Config(**{**GPT2Config.small, "max_seq_len": 8}))
+    model = GPT2(GPT2.Config(**{**GPT2.Config.small, "max_seq_len": 8}))
     with pytest.raises(ValueError, match="max_seq_len = 8"):
         model(torch.zeros(1, 9, dtype=torch.int64))
     with pytest.raises(ValueError, match="max_seq_len = 8"):

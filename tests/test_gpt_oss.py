@@ -16,12 +16,13 @@ from parity import (
 )
 from safetensors.torch import load_file, save_file
 
-from llm.accounting import active_parameters
-from llm.models.gpt_oss import GPTOSS, GPTOSSConfig, sizes
+from llm.analysis.accounting import active_parameters
+from llm.hub.maps import PUBLISHED, SIZES
+from llm.hub.tables import PretrainedError, read_config
+from llm.models.case_studies.gpt_oss import GPTOSS
 from llm.modules.ffn.clamped_experts import ClampedExperts
 from llm.modules.ffn.moe import MoE
 from llm.modules.ffn.router import SoftmaxRouter
-from llm.name_table import PretrainedError, read_config
 from llm.pretrained import load_pretrained
 
 SHAPE = dict(
@@ -151,7 +152,7 @@ def test_no_expert_reads_another_ones_bias_where_some_have_no_rows():
 def test_published_sizes_have_the_published_number_of_parameters(name, parameters, active):
     """The model card counts the head among the active ones, the embedding not."""
     with torch.device("meta"):
-        model = GPTOSS(sizes[f"gpt-oss-{name}"])
+        model = GPTOSS(SIZES[GPTOSS][f"gpt-oss-{name}"])
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert active_parameters(model) - model.tok_embed.weight.numel() == pytest.approx(active * 1e9, abs=5e6)
 
@@ -169,10 +170,10 @@ def test_the_config_as_published_is_that_of_sizes():
         **dict(transformers_version="4.55.0.dev0", use_cache=True, vocab_size=201088),
         quantization_config=dict(modules_to_not_convert=["model.layers.*.self_attn"], quant_method="mxfp4"),
     )
-    published = replace(sizes["gpt-oss-20b"], layer_types=("sliding_attention", "full_attention") * 12)
-    assert GPTOSSConfig(**read_config(GPTOSS.published, config)) == published
+    published = replace(SIZES[GPTOSS]["gpt-oss-20b"], layer_types=("sliding_attention", "full_attention") * 12)
+    assert GPTOSS.Config(**read_config(PUBLISHED[GPTOSS], config)) == published
     del config["rope_scaling"], config["layer_types"]  # transformers takes the same where nothing is said
-    assert GPTOSSConfig(**read_config(GPTOSS.published, config)) == sizes["gpt-oss-20b"]
+    assert GPTOSS.Config(**read_config(PUBLISHED[GPTOSS], config)) == SIZES[GPTOSS]["gpt-oss-20b"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm import plot_initialization
+from llm.analysis import plot_initialization
 from llm.config import Initialization
 from llm.models import MODELS
 from llm.modules.initialization import SCHEMES, initialize
@@ -108,11 +108,11 @@ def test_an_unknown_scheme_is_refused_with_the_schemes_and_the_flag():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_weight_of_every_model_is_drawn_under_every_scheme(name):
     """A linear layer that is neither a `.._proj` nor meant to begin at 0.02 would be seen here."""
-    Model, Config = MODELS[name]
+    Model = MODELS[name]
     for scheme in SCHEMES:
         torch.manual_seed(0)
-        sizes = {**Config.small, "n_layers": 2, "vocab_size": 97, "max_seq_len": 64}
-        model = Model(Config(**sizes, initialization=scheme))
+        sizes = {**Model.Config.small, "n_layers": 2, "vocab_size": 97, "max_seq_len": 64}
+        model = Model(Model.Config(**sizes, initialization=scheme))
         for path, module in model.named_modules():
             if not isinstance(module, nn.Linear) or path.endswith(("router", "lm_head")):
                 continue
@@ -134,10 +134,10 @@ def test_tokens_of_the_ladder_come_in_with_unit_variance_and_others_begin_at_002
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_fresh_model_predicts_about_evenly_and_zero_outputs_make_blocks_the_identity(scheme):
-    Model, Config = MODELS["baseline"]
+    Model = MODELS["baseline"]
     torch.manual_seed(0)
     # a tied head knows the token it has just read before it has learned anything, so only its own is even
-    model = Model(Config(**Config.small, vocab_size=97, initialization=scheme, tie_embeddings=False))
+    model = Model(Model.Config(**Model.Config.small, vocab_size=97, initialization=scheme, tie_embeddings=False))
     tokens = torch.randint(97, (4, 33))
     x = model.embed(tokens, torch.arange(33))
     assert torch.equal(model.hidden(tokens), x) == (scheme == "zero_output")
@@ -148,9 +148,9 @@ SMALL = ["--n-layers", "3", "--d-model", "32", "--windows", "2", "--window-size"
 
 
 def test_the_profile_holds_the_scales_of_the_stream_and_of_its_gradient():
-    Model, Config = MODELS["baseline"]
+    Model = MODELS["baseline"]
     torch.manual_seed(0)
-    model = Model(Config(**{**Config.small, "vocab_size": 97, "n_layers": 3}, initialization="kaiming"))
+    model = Model(Model.Config(**{**Model.Config.small, "vocab_size": 97, "n_layers": 3}, initialization="kaiming"))
     tokens = torch.randint(97, (2, 17))
     profile = plot_initialization.profile(model, tokens)
 

@@ -7,11 +7,11 @@ import torch
 from conftest import redraw
 
 from llm.models import MODELS
-from llm.models.latent import LatentConfig
+from llm.models.latent import Latent
 from llm.modules.attention import latent as latent_module
 from llm.modules.attention.latent import LatentAttention
-from llm.modules.cache import Cache
-from llm.modules.masks import causal, window
+from llm.modules.cache import Cache, Places
+from llm.modules.masks import Window, causal
 from llm.modules.position_encoding.rope import RoPE
 
 SIZES = dict(d_model=48, n_heads=3, kv_lora_rank=20, qk_nope_head_dim=12, qk_rope_head_dim=16, v_head_dim=10)
@@ -76,15 +76,16 @@ def test_the_expanded_form_is_the_papers_formula_written_as_loops(q_lora_rank):
 
 
 @QUERIES
-@pytest.mark.parametrize("visible", [causal, window(5)])
+@pytest.mark.parametrize("mask", [causal, Window(5)])
 @pytest.mark.parametrize("overrides", [{}, {"v_head_dim": 40}, {"rope": None, "scale": 0.3}])
-def test_the_absorbed_form_equals_the_expanded_one_in_values_and_gradients(q_lora_rank, visible, overrides):
-    layer = make_attention(q_lora_rank=q_lora_rank, visible=visible, **overrides)
+def test_the_absorbed_form_equals_the_expanded_one_in_values_and_gradients(q_lora_rank, mask, overrides):
+    layer = make_attention(q_lora_rank=q_lora_rank, mask=mask, **overrides)
     x, positions, results = make_input(), torch.arange(19), []
-    for attend in (layer.attend_expanded, layer.attend_absorbed):
+    forms = {layer.attend_expanded: True, layer.attend_absorbed: False}
+    for attend, whole_text in forms.items():
         layer.zero_grad()
         queries, compressed = layer.queries(x, positions), layer.compress(x, positions)
-        heads = attend(*queries, *compressed, positions, positions)
+        heads = attend(*queries, *compressed, Places(positions, positions, whole_text))
         layer.o_proj(heads.flatten(2)).square().sum().backward()
         results.append([heads, *(p.grad for p in layer.parameters())])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
@@ -110,7 +111,7 @@ def test_padded_prompts_of_unlike_length_give_what_each_gives_alone(parts):
 
 @pytest.mark.parametrize("parts", [[19], [7, 1, 11], [1] * 19])
 def test_with_a_window_the_cache_is_a_ring_as_long_as_the_window(parts):
-    layer, x = make_attention(visible=window(5)), make_input()
+    layer, x = make_attention(mask=Window(5)), make_input()
     assert layer.make_cache(2, 19)["latent"].shape == (2, 5, 20)
     expected = layer(x, torch.arange(19))
     torch.testing.assert_close(run_through_a_cache(layer, x, parts), expected, rtol=0, atol=1e-10)
@@ -128,13 +129,13 @@ def test_the_cache_holds_the_latent_and_the_rotated_key_and_nothing_else():
 
 def test_decoding_never_expands_keys_or_values(monkeypatch):
     layer, x, seen = make_attention(), make_input(), []
-    original = latent_module.attention
+    original = latent_module.attend
 
     def spy(q, k, v, *rest, **named):
         seen.append((k.shape, v.shape))
         return original(q, k, v, *rest, **named)
 
-    monkeypatch.setattr(latent_module, "attention", spy)
+    monkeypatch.setattr(latent_module, "attend", spy)
     monkeypatch.setattr(layer.kv_b_proj, "forward", None)
     run_through_a_cache(layer, x, [18, 1])
     assert seen[-1] == ((2, 1, 19, 36), (2, 1, 19, 36))  # one head of rank + rope channels, for keys and values alike
@@ -157,9 +158,9 @@ def test_without_a_cache_training_takes_the_fused_causal_path(monkeypatch):
 def test_the_ladder_model_is_as_large_as_the_baseline_and_its_cache_much_smaller(small):
     n_parameters, per_token = {}, {}
     for name in ("baseline", "latent"):
-        Model, Config = MODELS[name]
+        Model = MODELS[name]
         with torch.device("meta"):
-            model = Model(Config(**Config.small if small else {}))
+            model = Model(Model.Config(**Model.Config.small if small else {}))
             layer = model.make_cache(1, 4).layers[0]
         n_parameters[name] = sum(p.numel() for p in model.parameters())
         per_token[name] = sum(tensor[0, 0].numel() for key, tensor in layer.items() if key != "pos")
@@ -178,7 +179,7 @@ def test_the_ladder_model_is_as_large_as_the_baseline_and_its_cache_much_smaller
 )
 def test_a_wrong_size_is_refused_with_the_flag_that_mends_it(field, value, message):
     with pytest.raises(ValueError, match=message):
-        LatentConfig(**{field: value})
+        Latent.Config(**{field: value})
 
 
 YARN = {

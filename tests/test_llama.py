@@ -12,7 +12,10 @@ from parity import (
     twins,
 )
 
-from llm.models import MODELS, llama, mistral, qwen3
+from llm.hub import maps
+from llm.models.case_studies.llama import Llama
+from llm.models.case_studies.mistral import Mistral
+from llm.models.case_studies.qwen3 import Qwen2, Qwen3
 
 PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 LONG = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
@@ -109,7 +112,7 @@ def test_both_spellings_of_rope_settings_are_the_same_model(tmp_path):
     """What transformers 4 wrote beside what 5 writes."""
     import json
 
-    from llm.pretrained import load_pretrained
+    from llm.hub.load import load_pretrained
 
     scaling = {"factor": 4.0, "original_max_position_embeddings": 256}
     theirs, ours = twins(
@@ -159,16 +162,16 @@ PUBLISHED = {
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
 }
-SIZES = {**llama.sizes, **mistral.sizes, **qwen3.sizes}
+MODEL_OF = {name: Model for Model in (Llama, Mistral, Qwen2, Qwen3) for name in maps.SIZES[Model]}
 
 
 def test_every_published_size_is_tested():
-    assert SIZES.keys() == PUBLISHED.keys()
+    assert MODEL_OF.keys() == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_the_published_number_of_parameters(name):
-    Model = next(Model for Model, Config in MODELS.values() if type(SIZES[name]) is Config)
+    Model = MODEL_OF[name]
     with torch.device("meta"):
-        model = Model(SIZES[name])
+        model = Model(maps.SIZES[Model][name])
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]

@@ -8,11 +8,12 @@ from conftest import tiny_model
 from parity import assert_parity, assert_same_logits, original, twins
 from safetensors import safe_open
 
-from llm.accounting import active_parameters
-from llm.models import mixtral, qwen3_moe
-from llm.models.mixtral import Mixtral, MixtralConfig
-from llm.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
-from llm.name_table import PretrainedError, read_config
+from llm.analysis.accounting import active_parameters
+from llm.hub.maps import PUBLISHED as MAPS
+from llm.hub.maps import SIZES
+from llm.hub.tables import PretrainedError, read_config
+from llm.models.case_studies.mixtral import Mixtral
+from llm.models.case_studies.qwen3_moe import Qwen3MoE
 from llm.pretrained import export_pretrained, load_pretrained
 
 SHAPE = dict(
@@ -90,23 +91,23 @@ QWEN3_30B = dict(  # use_qk_norm as in Qwen3-Coder
 
 
 @pytest.mark.parametrize(
-    "Model, Config, config, size",
+    "Model, config, size",
     [
-        (Mixtral, MixtralConfig, MIXTRAL_8X22B, mixtral.sizes["mixtral-8x22b"]),
-        (Qwen3MoE, Qwen3MoEConfig, QWEN3_30B, qwen3_moe.sizes["qwen3-30b-a3b"]),
+        (Mixtral, MIXTRAL_8X22B, SIZES[Mixtral]["mixtral-8x22b"]),
+        (Qwen3MoE, QWEN3_30B, SIZES[Qwen3MoE]["qwen3-30b-a3b"]),
     ],
 )
-def test_the_config_as_published_is_that_of_sizes(Model, Config, config, size):
-    assert Config(**read_config(Model.published, PUBLISHED | config)) == size
+def test_the_config_as_published_is_that_of_sizes(Model, config, size):
+    assert Model.Config(**read_config(MAPS[Model], PUBLISHED | config)) == size
 
 
 @pytest.mark.parametrize(
     "Model, config, parameters, active",
     [
-        (Mixtral, mixtral.sizes["mixtral-8x7b"], 46_702_792_704, 12.9),
-        (Mixtral, mixtral.sizes["mixtral-8x22b"], 140_620_634_112, 39.2),
-        (Qwen3MoE, qwen3_moe.sizes["qwen3-30b-a3b"], 30_532_122_624, 3.35),
-        (Qwen3MoE, qwen3_moe.sizes["qwen3-235b-a22b"], 235_093_634_560, 22.2),
+        (Mixtral, SIZES[Mixtral]["mixtral-8x7b"], 46_702_792_704, 12.9),
+        (Mixtral, SIZES[Mixtral]["mixtral-8x22b"], 140_620_634_112, 39.2),
+        (Qwen3MoE, SIZES[Qwen3MoE]["qwen3-30b-a3b"], 30_532_122_624, 3.35),
+        (Qwen3MoE, SIZES[Qwen3MoE]["qwen3-235b-a22b"], 235_093_634_560, 22.2),
     ],
 )
 def test_published_sizes_have_the_published_number_of_parameters(Model, config, parameters, active):
@@ -125,7 +126,7 @@ def test_the_loss_that_balances_experts_is_on_in_training_only(kind, tokens):
 
 def test_a_dense_layer_outside_the_model_is_an_error_that_names_the_flag():
     with pytest.raises(ValueError, match=r"\[4\].*0 to 3 .*--model.dense-layers"):
-        Qwen3MoEConfig(dense_layers=(0, 4))
+        Qwen3MoE.Config(dense_layers=(0, 4))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_weights_survive_a_round_trip_through_the_meta_device(model, tokens):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_config_survives_a_round_trip(name):
-    _, Config = MODELS[name]
+    Config = MODELS[name].Config
     config = replace(Config(), **Config.small, vocab_size=321)
     assert Config(**asdict(config)) == config
 
@@ -120,7 +120,7 @@ def settings_that_are_no_fields(Config) -> list[str]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_setting_of_a_config_is_a_field(name):
-    assert settings_that_are_no_fields(MODELS[name][1]) == []
+    assert settings_that_are_no_fields(MODELS[name].Config) == []
 
 
 def test_a_setting_without_an_annotation_is_found():
@@ -147,11 +147,11 @@ def test_the_head_may_be_untied(name, tokens):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_it_can_learn_one_batch_by_heart(name):
-    Model, Config = MODELS[name]
+    Model = MODELS[name]
     torch.manual_seed(0)
     # a tied head begins by repeating the token it has just read, which takes long to unlearn
-    sizes = {**Config.small, "vocab_size": 31, "n_layers": 2, "max_seq_len": 16, "tie_embeddings": False}
-    model = Model(Config(**sizes))
+    sizes = {**Model.Config.small, "vocab_size": 31, "n_layers": 2, "max_seq_len": 16, "tie_embeddings": False}
+    model = Model(Model.Config(**sizes))
     batch = torch.randint(31, (4, 17), generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     # decays to 0: at a constant rate a token that changes its expert at the end may cost a tenth of a nat

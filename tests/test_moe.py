@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm.modules.ffn.balance import balance_loss, z_loss
 from llm.modules.ffn.expert_choice import ExpertChoice
 from llm.modules.ffn.glu import SwiGLU
-from llm.modules.ffn.looped_experts import looped_linear
 from llm.modules.ffn.mlp import MLP
-from llm.modules.ffn.moe import GatedExperts, MoE, PlainExperts, grouped_linear, runs
+from llm.modules.ffn.moe import GatedExperts, MoE, PlainExperts, explicit_moe
 from llm.modules.ffn.router import SigmoidRouter, SoftmaxRouter, best_of_groups, check_routing
 from llm.modules.ffn.switch import SwitchRouter
+from llm.modules.kernels.grouped import grouped_linear, lay_out
+from llm.modules.kernels.looped import looped_linear
 
 MOE_MODELS = ["switch_transformer", "mixture_of_experts", "loss_free_balancing"]
 D, E = 16, 6
@@ -69,13 +70,13 @@ def token_by_token(layer: MoE, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("block", [1, 4])
 def test_each_choice_has_a_row_of_its_own_in_the_run_of_its_expert(block):
     expert = torch.tensor([0, 0, 0, 0, 0, 2, 3, 3, 3, 3])
-    row, ends, n_rows = runs(expert, 5, block)
+    row, ends, n_rows = lay_out(expert, 5, block)
     assert row.tolist() == {1: list(range(10)), 4: [0, 1, 2, 3, 4, 8, 12, 13, 14, 15]}[block]
     assert ends.tolist() == {1: [5, 5, 6, 10, 10], 4: [8, 8, 12, 16, 24]}[block]  # the last one takes what is left
     assert ends.dtype is torch.int32
     assert n_rows == ends[-1]
     for crowded in range(5):  # the fullest layouts fit
-        row, ends, n_rows = runs(torch.full((13,), crowded), 5, block)
+        row, ends, n_rows = lay_out(torch.full((13,), crowded), 5, block)
         assert row.max() < ends[crowded] <= n_rows
 
 
@@ -88,7 +89,7 @@ def test_runs_are_filled_up_where_it_is_faster_and_that_changes_nothing(dtype, m
 
     def outcome(block):
         if block:
-            monkeypatch.setattr("llm.modules.ffn.moe.block_size", lambda *_: block)
+            monkeypatch.setattr("llm.modules.kernels.grouped.block_size", lambda *_: block)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             y = layer(x)
         wanted = [x, *(p for p in layer.parameters())]
@@ -108,6 +109,7 @@ def test_sorting_by_expert_equals_a_loop_over_tokens(experts, router, top_k):
     x = inputs().requires_grad_()
     ours, naive = layer(x), token_by_token(layer, x)
     torch.testing.assert_close(ours, naive)
+    torch.testing.assert_close(explicit_moe(x, *layer.router(x), layer.experts) + layer.shared(x), naive)
     upstream = torch.randn_like(ours)
     parameters = [x, *layer.parameters()]
     for one, other in zip(
@@ -272,18 +274,29 @@ def test_impossible_routing_is_refused_with_the_flag_that_mends_it(settings, fla
 
 
 def test_the_balance_loss_is_smallest_at_an_even_load():
-    even, skewed = torch.full((12, E), 1 / E), torch.tensor([[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]]).expand(12, E)
-    assert balance_loss(even, torch.full((E,), 2.0)).item() == pytest.approx(1)
-    assert balance_loss(skewed, torch.tensor([12.0, 0, 0, 0, 0, 0])) > 1
-    one = F.one_hot(torch.tensor([0] * 12), E).float()
-    assert balance_loss(one, one.sum(0)).item() == pytest.approx(E)
+    even, skewed = torch.full((1, 12, E), 1 / E), torch.tensor([0.5, 0.3, 0.1, 0.05, 0.03, 0.02]).expand(1, 12, E)
+    assert balance_loss(even, torch.full((1, E), 2.0)).item() == pytest.approx(1)
+    assert balance_loss(skewed, torch.tensor([[12.0, 0, 0, 0, 0, 0]])) > 1
+    one = F.one_hot(torch.zeros(1, 12, dtype=torch.int64), E).float()
+    assert balance_loss(one, one.sum(1)).item() == pytest.approx(E)
     for _ in range(50):  # where the load follows the probabilities, it is E sum P^2, at least 1
         p = torch.randn(1, E).mul(3).softmax(-1)
-        assert balance_loss(p, p[0]) >= 1 - 1e-6
+        assert balance_loss(p[None], p) >= 1 - 1e-6
+
+
+def test_the_balance_loss_is_the_mean_over_sequences_of_their_own_losses():
+    p, counts = torch.randn(4, 12, E).softmax(-1), torch.randint(1, 9, (4, E)).float()
+    alone = [balance_loss(p[i : i + 1], counts[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(balance_loss(p, counts), torch.stack(alone).mean())
+    by_loop = [
+        E * sum(counts[b, i] / counts[b].sum() * sum(p[b, t, i] for t in range(12)) / 12 for i in range(E))
+        for b in range(4)
+    ]
+    torch.testing.assert_close(balance_loss(p, counts), sum(by_loop) / 4)
 
 
 def test_following_the_balance_loss_evens_the_load():
-    router, x = moe(top_k=1, normalize=False, aux_loss_coef=1.0, bias=True).router.train(), inputs(20, 20)
+    router, x = moe(top_k=1, normalize=False, aux_loss_coef=1.0, bias=True).router.train(), inputs(4, 100)
     before = torch.bincount(router(x)[0].flatten(), minlength=E)
     for _ in range(300):
         router(x)
@@ -307,13 +320,13 @@ def test_the_coefficients_weigh_the_two_losses():
     router, x = moe(aux_loss_coef=0.25, z_loss_coef=0.5).router.train(), inputs()
     experts, _ = router(x)
     logits = router.logits(x)
-    p, chosen = logits.softmax(-1).flatten(0, 1), torch.bincount(experts.flatten(), minlength=E)
+    p, chosen = logits.softmax(-1), torch.stack([torch.bincount(row.flatten(), minlength=E) for row in experts])
     torch.testing.assert_close(router.aux_loss, 0.25 * balance_loss(p, chosen) + 0.5 * z_loss(logits))
 
 
 def test_the_bias_moves_towards_the_mean_load_by_its_speed():
     router = SigmoidRouter(D, 4, 1, bias_update_speed=0.01)
-    router.after_step(torch.tensor([5.0, 1.0, 3.0, 3.0, 0.0, 0.0, 12.0]))
+    router.rebalance(torch.tensor([5.0, 1.0, 3.0, 3.0]))
     assert router.expert_bias.tolist() == pytest.approx([-0.01, 0.01, 0, 0])
     assert not router.expert_bias.requires_grad and "expert_bias" in router.state_dict()
 
@@ -367,20 +380,20 @@ def test_evaluation_and_a_step_without_tokens_change_no_bias(tokens):
     torch.testing.assert_close(model.state_dict(), before)
 
 
-def test_totals_of_all_layers_are_reduced_once_over_the_ranks(tokens, monkeypatch):
+def test_the_total_of_each_layer_is_reduced_once_over_the_ranks(tokens, monkeypatch):
     model = tiny_model("loss_free_balancing").train()
     model.loss(tokens)
     own = [block.ffn.router.total.clone() for block in model.blocks]
     reduced = []
 
-    def other_rank_sent_all_to_expert_0(totals):
-        reduced.append(totals.shape)
-        totals[0] += 10_000
+    def other_rank_sent_all_to_expert_0_of_the_first_layer(total):
+        total[0] += 0 if reduced else 10_000
+        reduced.append(total.shape)
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", other_rank_sent_all_to_expert_0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", other_rank_sent_all_to_expert_0_of_the_first_layer)
     model.after_step()
-    assert len(reduced) == 1
+    assert len(reduced) == len(model.blocks)
     first, second = (block.ffn.router for block in model.blocks)
     assert first.last_step[0] == own[0][0] + 10_000 and torch.equal(second.last_step, own[1])
     speed = model.config.bias_update_speed
@@ -629,7 +642,6 @@ def test_switch_transformers(transformers, training):
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=2e-5)
     if training:
         _, _, logits = theirs.router(x)
-        one_group = logits.flatten(0, 1)[None]  # ours averages over the batch, theirs over groups
         torch.testing.assert_close(z_loss(logits), modeling.router_z_loss_func(logits))
-        expected = modeling.load_balancing_loss_func(one_group.softmax(-1), one_group.argmax(-1))
+        expected = modeling.load_balancing_loss_func(logits.softmax(-1), logits.argmax(-1))  # a group is a sequence
         torch.testing.assert_close(router.aux_loss, expected)

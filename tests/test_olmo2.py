@@ -5,9 +5,10 @@ import torch
 from conftest import tiny_model
 from parity import assert_parity
 
-from llm.models.olmo2 import OLMo2, OLMo2Config, sizes
+from llm.hub.maps import PUBLISHED, SIZES
+from llm.hub.tables import read_config
+from llm.models.case_studies.olmo2 import OLMo2
 from llm.modules.norms import OnceRoundedRMSNorm
-from llm.name_table import read_config
 
 LONG = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
 WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 1024}
@@ -66,7 +67,7 @@ def test_a_layer_of_any_size_adds_no_more_than_its_gain(tokens):
 )
 def test_published_sizes_have_the_published_number_of_parameters(name, parameters):
     with torch.device("meta"):
-        model = OLMo2(sizes[name])
+        model = OLMo2(SIZES[OLMo2][name])
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -78,4 +79,4 @@ def test_the_config_of_the_published_7b_model_is_that_of_sizes():
         **dict(num_key_value_heads=32, pad_token_id=100277, rms_norm_eps=1e-06, rope_scaling=None, rope_theta=500000),
         **dict(tie_word_embeddings=False, torch_dtype="float32", use_cache=True, vocab_size=100352),
     )
-    assert OLMo2Config(**read_config(OLMo2.published, config)) == sizes["olmo2-7b"]
+    assert OLMo2.Config(**read_config(PUBLISHED[OLMo2], config)) == SIZES[OLMo2]["olmo2-7b"]

@@ -5,10 +5,10 @@ import torch
 from conftest import tiny_model
 from training import evaluations, losses, same_weights, train_baseline, write_corpus
 
-from llm.checkpoint import find_checkpoints
 from llm.config import TrainConfig
 from llm.models import MODELS
-from llm.optim import make_optimizer
+from llm.training.checkpoint import find_checkpoints
+from llm.training.optim import make_optimizer
 
 
 @pytest.fixture(scope="module")

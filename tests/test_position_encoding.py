@@ -11,6 +11,7 @@ from conftest import VOCABULARY, redraw, tiny_model
 from training import ROOT, RUN, command_line, config_of, script, write_corpus
 
 from llm.modules.attention.multi_head import MultiHeadAttention
+from llm.modules.cache import Places
 from llm.modules.position_encoding.alibi import alibi, alibi_slopes
 from llm.modules.position_encoding.context_extension import (
     DynamicNTK,
@@ -25,7 +26,7 @@ from llm.modules.position_encoding.relative import RelativeAttention, gather, sh
 from llm.modules.position_encoding.rope import RoPE, inverse_frequencies, rotate
 from llm.modules.position_encoding.sinusoidal import sinusoidal
 from llm.modules.position_encoding.t5_bias import T5Bias, bucket
-from llm.run_directory import RunDirectory
+from llm.training.run_directory import RunDirectory
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -477,7 +478,7 @@ def test_relative_attention_equals_that_of_xlnet():
 def test_the_shift_puts_scores_where_a_look_up_finds_them():
     by_distance, positions = heads(2, 3, 6, 6), torch.arange(6)
     past = torch.ones(6, 6, dtype=torch.bool).tril()
-    assert torch.equal(shift(by_distance)[..., past], gather(by_distance, positions, positions)[..., past])
+    assert torch.equal(shift(by_distance)[..., past], gather(by_distance, Places(positions, positions))[..., past])
     i, j = 4, 1
     assert torch.equal(shift(by_distance)[..., i, j], by_distance[..., i, 5 - (i - j)])
 

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import pre_tokenize as command
-from llm import encoding, stories, tokenization
-from llm.bpe import learn_merges
-from llm.encoding import text_encoder, word_counter
-from llm.sample_stories import sample_stories
-from llm.stories import END_OF_TEXT, Tally, cut, read_stories
-from llm.tokenization import load_tokenizer, make_sample, make_tokenizer, pre_tokenize, token_bytes, train_bpe
+from llm.data import encoding, stories, tokenize, vocabulary
+from llm.data.bpe import learn_merges
+from llm.data.encoding import text_encoder, word_counter
+from llm.data.files import load_tokenizer, token_bytes
+from llm.data.sample import make_sample, sample_stories
+from llm.data.stories import END_OF_TEXT, Tally, cut, read_stories
+from llm.data.tokenize import pre_tokenize
+from llm.data.vocabulary import make_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 SEPARATOR = END_OF_TEXT.encode()
@@ -191,18 +193,18 @@ def test_the_vocabulary_comes_from_the_train_split_only(tmp_path):
 
 def test_the_trainer_stops_reading_when_the_distinct_words_are_too_many():
     left = ([f"same word{'abcdefghij'[i % 10] * i}".encode()] for i in range(1, 1000))
-    assert len(tokenization.count_all_words(left, limit=100)) == 11  # "same" and words of 6, 7, 8 .. 15 bytes
-    assert tokenization.count_all_words([[b"same words"]] * 1000, limit=100) == {b"same": 1000, b" words": 1000}
+    assert len(vocabulary.count_all_words(left, limit=100)) == 11  # "same" and words of 6, 7, 8 .. 15 bytes
+    assert vocabulary.count_all_words([[b"same words"]] * 1000, limit=100) == {b"same": 1000, b" words": 1000}
 
 
 def test_a_vocabulary_of_a_part_of_the_text_is_announced(tmp_path, monkeypatch, capsys):
     source = tmp_path / "train.txt"
     source.write_text("".join(f"word{i} again {i}\n{END_OF_TEXT}\n" for i in range(1000)), encoding="utf-8")
-    tokenization.learn_tokenizer(source, 300)
+    vocabulary.learn_tokenizer(source, 300)
     assert "learned from the first" not in capsys.readouterr().out
-    monkeypatch.setattr(tokenization, "DISTINCT_BYTES", 100)
-    monkeypatch.setattr("llm.stories.READ_BYTES", 1000)
-    tokenization.learn_tokenizer(source, 300)
+    monkeypatch.setattr(vocabulary, "DISTINCT_BYTES", 100)
+    monkeypatch.setattr("llm.data.stories.READ_BYTES", 1000)
+    vocabulary.learn_tokenizer(source, 300)
     assert "the vocabulary is learned from the first 3.1% of train.txt" in capsys.readouterr().out
 
 
@@ -264,7 +266,7 @@ def many_words() -> list[str]:
 def test_the_tokenizer_is_the_one_that_tokenizers_trains(monkeypatch, texts, vocab_size, counter):
     if counter == "plain":
         monkeypatch.setattr(encoding, "gigatoken", None)
-    counts = tokenization.count_all_words([[text.encode() for text in texts]], limit=1 << 30)
+    counts = vocabulary.count_all_words([[text.encode() for text in texts]], limit=1 << 30)
     assert make_tokenizer(counts, vocab_size).to_str() == by_tokenizers(texts, vocab_size).to_str()
 
 
@@ -383,15 +385,15 @@ def test_a_story_cut_in_pieces_gets_one_end_of_text(tmp_path, monkeypatch):
 
 
 def test_a_vocabulary_beyond_65536_takes_a_wider_dtype(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(tokenization, "token_bytes", lambda t: np.resize(token_bytes(tokenizer), 70_000))
+    monkeypatch.setattr(tokenize, "token_bytes", lambda t: np.resize(token_bytes(tokenizer), 70_000))
     (source,) = write_texts(tmp_path, some_text(3))[:1]
-    tokenization.write_tokens(source, tmp_path / "wide.npy", tokenizer, text_encoder(tokenizer))
+    tokenize.write_tokens(source, tmp_path / "wide.npy", tokenizer, text_encoder(tokenizer))
     assert np.load(tmp_path / "wide.npy").dtype == np.uint32
 
 
 def test_an_id_outside_the_vocabulary_is_never_written(tmp_path, monkeypatch):
     strange = np.array([70_000], np.uint32), np.array([1])
-    monkeypatch.setattr(tokenization, "text_encoder", lambda t: lambda texts: strange)
+    monkeypatch.setattr(tokenize, "text_encoder", lambda t: lambda texts: strange)
     with pytest.raises(ValueError, match="does not give back the text"):
         run(tmp_path, some_text(3))
     assert not (tmp_path / "out" / "tinystories_train_tokens.npy").exists()
@@ -401,7 +403,7 @@ def test_a_tokenizer_that_loses_a_byte_is_noticed(tmp_path, monkeypatch):
     def lossy(tokenizer):
         return lambda texts: encoding.encode(tokenizer, [text[:-1] for text in texts])
 
-    monkeypatch.setattr(tokenization, "text_encoder", lossy)
+    monkeypatch.setattr(tokenize, "text_encoder", lossy)
     with pytest.raises(ValueError, match="does not give back the text"):
         run(tmp_path, some_text(3))
 
@@ -489,7 +491,7 @@ def test_a_full_disk_leaves_no_array_that_looks_whole(tmp_path, monkeypatch):
         return encode
 
     monkeypatch.setattr(stories, "READ_BYTES", 5_000)
-    monkeypatch.setattr(tokenization, "text_encoder", full_at_the_second_block)
+    monkeypatch.setattr(tokenize, "text_encoder", full_at_the_second_block)
     with pytest.raises(OSError, match=r"disk full: .* needs about .* MB and has .* MB free"):
         run(tmp_path, some_text(40))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tokenizer-bpe.json"]
@@ -511,7 +513,7 @@ def test_a_file_size_limit_hit_while_writing(tmp_path):
 
 
 def test_too_little_free_space_is_seen_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenization.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(tokenize.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(OSError, match="disk full"):
         run(tmp_path, some_text(3))
     assert list((tmp_path / "out").iterdir()) == []
@@ -526,7 +528,7 @@ def kill_and_rerun(tmp_path: Path, n_stories: int, delays) -> None:
     for delay in delays:
         process = subprocess.Popen([sys.executable, str(ROOT / "pre_tokenize.py"), *arguments], cwd=ROOT)
         if delay is None:
-            while process.poll() is None and not list(out.glob("*.npy.tmp")):
+            while process.poll() is None and not list(out.glob("*.npy.*.tmp")):
                 time.sleep(0.001)
         else:
             time.sleep(delay)

@@ -20,33 +20,36 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from training import write_corpus
 
 from llm.config import TrainConfig
-from llm.data import open_tokens
-from llm.generate import begin, load_run, write
-from llm.generate import main as generate
-from llm.hub_folder import Checkpoint, load_hub_tokenizer, stop_tokens
+from llm.data.files import open_tokens
+from llm.data.vocabulary import train_bpe
+from llm.generate.__main__ import main as generate
+from llm.generate.load import load_run
+from llm.generate.text import encode_prompt, write
+from llm.hub.folder import HubTensors, load_hub_tokenizer, stop_tokens
+from llm.hub.load import find_model
+from llm.hub.maps import PUBLISHED, SIZES
+from llm.hub.quantized import FP4_VALUES, dequantize_fp8, dequantize_mxfp4
+from llm.hub.rope import normalise
+from llm.hub.tables import PretrainedError, deinterleave, join, plan, read_config, same, split, transpose
 from llm.models import MODELS
-from llm.models.deepseek import sizes as deepseek_sizes
-from llm.models.gemma import Gemma2, Gemma2Config
-from llm.models.llama import Llama, LlamaConfig
-from llm.models.llama import sizes as llama_sizes
-from llm.models.mistral import sizes as mistral_sizes
-from llm.models.mixtral import sizes as mixtral_sizes
-from llm.models.qwen3 import sizes as qwen_sizes
-from llm.modules.position_encoding.rope_settings import make_scaling, normalise
-from llm.name_table import PretrainedError, deinterleave, join, plan, read_config, same, split, transpose
-from llm.pretrained import export_pretrained, find_model, load_pretrained
+from llm.models.case_studies.deepseek_v2 import DeepseekV2
+from llm.models.case_studies.gemma import Gemma2
+from llm.models.case_studies.llama import Llama
+from llm.models.case_studies.mistral import Mistral
+from llm.models.case_studies.mixtral import Mixtral
+from llm.models.case_studies.qwen3 import Qwen2, Qwen3
+from llm.modules.position_encoding.rope_settings import make_scaling
+from llm.pretrained import export_pretrained, load_pretrained
 from llm.pretrained import main as pretrained
-from llm.quantized import FP4_VALUES, dequantize_fp8, dequantize_mxfp4
-from llm.tokenization import train_bpe
-from llm.train import train
+from llm.training.loop import train
 
-PUBLISHED = {name: pair for name, pair in MODELS.items() if hasattr(pair[0], "published")}
+PAIRS = {name: (Model, PUBLISHED[Model]) for name, Model in MODELS.items() if Model in PUBLISHED}
 SMALL = {"vocab_size": 97, "max_seq_len": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
 
 
 def tiny_llama(**overrides) -> Llama:
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(**SMALL | {"tie_embeddings": False} | overrides)).eval()
+    model = Llama(Llama.Config(**SMALL | {"tie_embeddings": False} | overrides)).eval()
     redraw(model)
     return model
 
@@ -183,7 +186,7 @@ def test_angles_that_old_files_store_are_not_needed(folder):
 
 def test_loading_holds_one_stored_tensor_at_a_time(folder, monkeypatch):
     live, most = set(), []
-    stored = Checkpoint.stored
+    stored = HubTensors.stored
 
     def watched(self, name):
         tensor = stored(self, name)
@@ -192,7 +195,7 @@ def test_loading_holds_one_stored_tensor_at_a_time(folder, monkeypatch):
         most.append(len(live))
         return tensor
 
-    monkeypatch.setattr(Checkpoint, "stored", watched)
+    monkeypatch.setattr(HubTensors, "stored", watched)
     load_pretrained(folder)
     assert len(most) == 2 * 9 + 3 and max(most) == 1
 
@@ -336,12 +339,12 @@ JUNK = (True, -1, 0, 1.5, "x", [1], [[1]], {"factor": "x"})
 FEW = {"n_layer": 1, "num_hidden_layers": 1, "num_experts_per_tok": 2}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PAIRS)
 def test_whatever_a_field_holds_the_model_is_built_or_the_error_is_ours(name):
     """Every field of config.json in turn, at its published default otherwise; nothing is drawn on the meta device."""
     transformers = pytest.importorskip("transformers")
-    Model, Config = PUBLISHED[name]
-    config = transformers.AutoConfig.for_model(Model.published.model_type).to_dict()
+    Model, published = PAIRS[name]
+    config = transformers.AutoConfig.for_model(published.model_type).to_dict()
     config |= {field: n for field, n in FEW.items() if field in config}
     config |= dict.fromkeys(("rope_scaling", "rope_theta", "layer_types"))
     built, refused = set(), set()
@@ -349,7 +352,7 @@ def test_whatever_a_field_holds_the_model_is_built_or_the_error_is_ours(name):
         for junk in (None, *JUNK):
             try:
                 with torch.device("meta"):
-                    Model(Config(**read_config(Model.published, config | {field: junk})))
+                    Model(Model.Config(**read_config(published, config | {field: junk})))
                 built.add(field)
             except ValueError:
                 refused.add(field)
@@ -366,25 +369,25 @@ def test_whatever_a_setting_of_rope_is_the_error_is_ours(rope_type):
                 make_scaling(normalise(good | {name: junk}, 1e4, 64)["rope_scaling"])
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in ("gpt2", "gemma3")])
+@pytest.mark.parametrize("name", [name for name in PAIRS if name not in ("gpt2", "gemma3")])
 def test_a_dict_for_each_type_of_layer_is_refused_where_there_is_one_rope(name):
     nested = {"full_attention": {"rope_type": "linear", "factor": 8.0}}
-    Model = PUBLISHED[name][0]
+    _, published = PAIRS[name]
     with pytest.raises(ValueError, match="full_attention of RoPE"):
-        read_config(Model.published, {"num_experts_per_tok": 2, "rope_parameters": nested})
+        read_config(published, {"num_experts_per_tok": 2, "rope_parameters": nested})
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PAIRS)
 def test_fields_left_out_are_what_transformers_takes(name):
-    Model, Config = PUBLISHED[name]
-    theirs = pytest.importorskip("transformers").AutoConfig.for_model(Model.published.model_type).to_dict()
+    Model, published = PAIRS[name]
+    theirs = pytest.importorskip("transformers").AutoConfig.for_model(published.model_type).to_dict()
     needed = {"num_experts_per_tok": 6} if name == "deepseek_v2" else {}  # transformers cannot do without either
-    ours = [Config(**read_config(Model.published, config | needed)) for config in ({}, theirs)]
+    ours = [Model.Config(**read_config(published, config | needed)) for config in ({}, theirs)]
     empty, whole = (spelled_out(config) for config in ours)
     assert empty == whole
     if needed:
         with pytest.raises(PretrainedError, match="num_experts_per_tok to null"):
-            read_config(Model.published, {})
+            read_config(published, {})
 
 
 def spelled_out(config):
@@ -401,7 +404,7 @@ COMMON |= dict(tie_word_embeddings=False, torch_dtype="bfloat16", rope_scaling=N
 WITHOUT_BIAS = {name: value for name, value in COMMON.items() if name != "attention_bias"}
 CONFIGS = {
     "llama2-7b": (
-        llama_sizes,
+        Llama,
         6_738_415_616,
         dict(
             **dict(architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_act="silu"),
@@ -412,7 +415,7 @@ CONFIGS = {
         ),
     ),
     "llama3.1-8b": (
-        llama_sizes,
+        Llama,
         8_030_261_248,
         COMMON
         | dict(
@@ -427,7 +430,7 @@ CONFIGS = {
         ),
     ),
     "mistral-7b-v0.1": (
-        mistral_sizes,
+        Mistral,
         7_241_732_096,
         dict(
             **dict(architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_act="silu"),
@@ -438,7 +441,7 @@ CONFIGS = {
         ),
     ),
     "qwen2-7b": (
-        qwen_sizes,
+        Qwen2,
         7_615_616_512,
         WITHOUT_BIAS
         | dict(
@@ -449,7 +452,7 @@ CONFIGS = {
         ),
     ),
     "qwen3-8b": (
-        qwen_sizes,
+        Qwen3,
         8_190_735_360,
         COMMON
         | dict(
@@ -460,7 +463,7 @@ CONFIGS = {
         ),
     ),
     "mixtral-8x7b": (
-        mixtral_sizes,
+        Mixtral,
         46_702_792_704,
         WITHOUT_BIAS
         | dict(
@@ -472,7 +475,7 @@ CONFIGS = {
         ),
     ),
     "deepseek-v2-lite": (
-        deepseek_sizes,
+        DeepseekV2,
         15_706_484_224,
         COMMON
         | dict(
@@ -496,10 +499,10 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_published_config_is_the_model_of_its_size(name):
-    sizes, n_parameters, published = CONFIGS[name]
-    Model, Config = find_model(Path(name), published)
-    config = Config(**read_config(Model.published, published))
-    assert spelled_out(config) == spelled_out(sizes[name])
+    Model, n_parameters, published = CONFIGS[name]
+    assert find_model(Path(name), published) is Model
+    config = Model.Config(**read_config(PUBLISHED[Model], published))
+    assert spelled_out(config) == spelled_out(SIZES[Model][name])
     with torch.device("meta"):
         model = Model(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters
@@ -661,7 +664,7 @@ def test_parts_of_quantised_tensors_that_do_not_fit_are_named_before_any_is_read
             del weights[name]
 
     edit_weights(folder, change)
-    monkeypatch.setattr(Checkpoint, "stored", lambda self, name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(HubTensors, "stored", lambda self, name: pytest.fail(f"{name} was read"))
     with pytest.raises(PretrainedError, match=says):
         load_pretrained(folder)
 
@@ -687,7 +690,7 @@ def test_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm.export.save_file", full)
+        patch.setattr("llm.hub.export.save_file", full)
         with pytest.raises(PretrainedError, match=r"cannot write .*No space left"):
             export_pretrained(tiny_llama(), out)
     assert list(tmp_path.iterdir()) == [out] and not list(out.iterdir())
@@ -695,17 +698,17 @@ def test_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, mon
     assert same_parameters(load_pretrained(out), tiny_llama())
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "gpt2"])  # whose heads divide anyway
+@pytest.mark.parametrize("name", [name for name in PAIRS if name != "gpt2"])  # whose heads divide anyway
 def test_where_transformers_opens_no_such_shape_it_is_not_exported(tmp_path, name):
     transformers = pytest.importorskip("transformers")
-    Model, Config = PUBLISHED[name]
+    Model, published = PAIRS[name]
     heads = {} if name.startswith("deepseek") else {"n_kv_heads": 1, "head_dim": 8}
     shape = {"d_model": 36, "n_heads": 5, "n_layers": 2, "vocab_size": 97, "max_seq_len": 64}
-    model = Model(Config(**Config.small | shape | heads)).eval()
-    if Model.published.heads_divide_width:
+    model = Model(Model.Config(**Model.Config.small | shape | heads)).eval()
+    if published.heads_divide_width:
         with pytest.raises(Exception, match=r"\(36\) is not a multiple"):
             transformers.AutoConfig.for_model(
-                Model.published.model_type, hidden_size=36, num_attention_heads=5, num_key_value_heads=1, head_dim=8
+                published.model_type, hidden_size=36, num_attention_heads=5, num_key_value_heads=1, head_dim=8
             )
         with pytest.raises(PretrainedError, match=r"heads = 5.*--model\.n-heads.*can be trained and kept"):
             export_pretrained(model, tmp_path / "out")
@@ -719,7 +722,7 @@ def test_where_transformers_opens_no_such_shape_it_is_not_exported(tmp_path, nam
 def test_a_whole_number_for_a_float_is_exported_as_transformers_wants_it(tmp_path):
     transformers = pytest.importorskip("transformers")
     shape = {"vocab_size": 97, "n_layers": 1, "soft_cap": 50, "logit_soft_cap": 30}
-    out = export_pretrained(Gemma2(Gemma2Config(**Gemma2Config.small | shape)), tmp_path / "out")
+    out = export_pretrained(Gemma2(Gemma2.Config(**Gemma2.Config.small | shape)), tmp_path / "out")
     assert transformers.AutoConfig.from_pretrained(out).attn_logit_softcapping == 50.0
 
 
@@ -821,7 +824,7 @@ def test_a_published_tokenizer_begins_a_text_as_in_transformers(hub, first, sett
     if settings is not None:
         write_json(hub / "tokenizer_config.json", settings)
     theirs = transformers.AutoTokenizer.from_pretrained(hub)(PROMPT)["input_ids"]
-    assert begin(load_hub_tokenizer(hub), PROMPT) == theirs
+    assert encode_prompt(load_hub_tokenizer(hub), PROMPT) == theirs
     assert len(theirs) == len(begins) + len("Once") + 1 + len("upon") and theirs[: len(begins)] == begins
 
 
@@ -836,7 +839,7 @@ def test_a_text_begins_with_bos_where_only_the_settings_say_so_as_deepseeks_do(h
     tokenizer.save(str(hub / "tokenizer.json"))
     write_json(hub / "tokenizer_config.json", settings)
     told = transformers.AutoTokenizer.from_pretrained(hub, add_bos_token=True)(PROMPT)["input_ids"]
-    assert begin(load_hub_tokenizer(hub), PROMPT) == told and told[0] == 256
+    assert encode_prompt(load_hub_tokenizer(hub), PROMPT) == told and told[0] == 256
     assert transformers.AutoTokenizer.from_pretrained(hub)(PROMPT)["input_ids"] == told[1:]
 
 
@@ -861,19 +864,19 @@ def test_a_prompt_is_neither_padded_nor_cut_whatever_a_tokenizer_was_saved_with(
     tokenizer.enable_padding(length=30, pad_token="</s>", pad_id=257)
     tokenizer.enable_truncation(4)
     tokenizer.save(str(hub / "tokenizer.json"))
-    ids = begin(load_hub_tokenizer(hub), PROMPT)
+    ids = encode_prompt(load_hub_tokenizer(hub), PROMPT)
     assert len(ids) == 9 and ids == transformers.AutoTokenizer.from_pretrained(hub)(PROMPT)["input_ids"]
 
 
 def test_our_own_tokenizers_take_special_tokens_in_a_text_for_plain_text():
     tokenizer = train_bpe(["a b c"], 257)
-    assert begin(tokenizer, "<|endoftext|>") == [0, *tokenizer.encode("<|endoftext|>").ids]
+    assert encode_prompt(tokenizer, "<|endoftext|>") == [0, *tokenizer.encode("<|endoftext|>").ids]
     assert 0 not in tokenizer.encode("<|endoftext|>").ids
 
 
 def test_a_tokenizer_without_an_end_of_text_writes_as_far_as_it_may():
     tokenizer, model = byte_tokenizer("<s>"), tiny_llama(vocab_size=257)
-    assert begin(tokenizer, "Once") == tokenizer.encode("Once").ids
+    assert encode_prompt(tokenizer, "Once") == tokenizer.encode("Once").ids
     (text,) = write(model, tokenizer, ["Once"], 5)
     assert text.startswith("Once")
 
@@ -885,14 +888,14 @@ def test_a_trained_run_writes_the_same_text_in_transformers(tmp_path, capsys):
     flags = {"tokens_per_step": 512, "micro_batch_size": 8, "warmup_steps": 2, "eval_windows": 2, "eval_every": 20}
     config = TrainConfig(data=data, out=tmp_path / "run", steps=20, max_lr=1e-2, device="cpu", wandb="off", **flags)
     tokens = open_tokens(data)
-    run = train(Llama, LlamaConfig(**SMALL | {"vocab_size": tokens.vocab_size}), config, tokens)
+    run = train(Llama, Llama.Config(**SMALL | {"vocab_size": tokens.vocab_size}), config, tokens)
     pretrained(["export", str(run), str(tmp_path / "out")])
     model, tokenizer = load_run(run, torch.device("cpu"))
     (expected,) = write(model, tokenizer, ["Once upon a"], 40)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = their_tokenizer("Once upon a", return_tensors="pt")
-    assert prompt["input_ids"][0].tolist() == begin(tokenizer, "Once upon a")  # after <|endoftext|>, as in training
+    assert prompt["input_ids"][0].tolist() == encode_prompt(tokenizer, "Once upon a")
     generated = theirs.generate(**prompt, max_new_tokens=40, do_sample=False)
     assert their_tokenizer.decode(generated[0], skip_special_tokens=True) == expected
     capsys.readouterr()

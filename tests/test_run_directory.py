@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm import run_directory, wandb_mirror
-from llm.run_directory import RunDirectory, RunDirectoryError, existing_config, read_metrics
+from llm.training import provenance, run_directory, wandb_mirror
+from llm.training.curve import running_mean, series
+from llm.training.run_directory import RunDirectory, RunDirectoryError, existing_config, read_metrics
 
 CONFIG = {"model_name": "baseline", "model": {"d_model": 6}, "device": "cpu"}
 
@@ -56,7 +57,7 @@ def test_config_holds_what_was_given_and_where_it_ran(tmp_path):
 
 
 def test_no_commit_outside_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "llm" / "run_directory.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "llm" / "training" / "provenance.py"))
     open_run(tmp_path / "run").close()
     assert existing_config(tmp_path / "run")["commit"] is None
 
@@ -136,13 +137,17 @@ def own_forever(path, ready):
     run.close()
 
 
+def name_of(file: int) -> str:
+    return os.readlink(f"/proc/self/fd/{file}")
+
+
 def test_locking_without_fcntl_and_where_nothing_can_be_locked(tmp_path, monkeypatch, capsys):
     locked = []
-    windows = SimpleNamespace(LK_NBLCK=2, locking=lambda *arguments: locked.append(arguments))
+    windows = SimpleNamespace(LK_NBLCK=2, locking=lambda file, *how: locked.append((name_of(file), *how)))
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", windows)
     open_run(tmp_path).close()
-    assert [arguments[1:] for arguments in locked] == [(2, 1)]
+    assert locked.count((str(tmp_path / "lock"), 2, 1)) == 1
     assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
     def refuse(*_):
@@ -203,9 +208,9 @@ def test_the_plot_is_a_picture_of_the_record(tmp_path, capsys):
     run.plot()
     assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == ""
-    tokens, losses = run_directory._series(read_metrics(run.path / "metrics.jsonl"), "loss")
+    tokens, losses = series(read_metrics(run.path / "metrics.jsonl"), "loss")
     assert len(tokens) == 39 and tokens[-1] == 4000 and losses[-1] == 5 / 40
-    _, smooth = run_directory._running_mean(tokens, losses)
+    _, smooth = running_mean(tokens, losses)
     assert smooth[10] == pytest.approx(losses[8:13].mean())
     run.close()
 

@@ -1,31 +1,29 @@
-"""The commands: every script trains two steps, a story is written from what it saved, README says what exists."""
+"""The commands: every script trains two steps, a story is written from what it saved, the ladder goes on."""
 
 import contextlib
 import io
 import itertools
 import re
 import runpy
-import shlex
 import shutil
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from training import ROOT, RUN, command_line, config_of, evaluations, load, losses, saved_steps, script, write_corpus
+from training import ROOT, RUN, command_line, config_of, evaluations, losses, saved_steps, script, write_corpus
 
-from llm import generate
-from llm.checkpoint import CheckpointError, find_checkpoints
-from llm.data import eval_windows, open_tokens
+from llm.data.files import load_tokenizer, open_tokens
+from llm.data.windows import eval_windows
+from llm.generate import __main__ as generate
+from llm.generate.load import load_run
 from llm.models import MODELS
-from llm.run_directory import RunDirectory
-from llm.tokenization import load_tokenizer
+from llm.training.checkpoint import CheckpointError, find_checkpoints
+from llm.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 SCRIPTS = sorted(path.stem for path in (ROOT / "train_scripts").glob("train_*.py"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = RUN | {"--steps": 2, "--eval-windows": 4, "--model.n-layers": 2, "--model.max-seq-len": 32}
 
 
@@ -62,8 +60,8 @@ def test_a_script_trains_its_model_which_can_be_loaded_again(data, tmp_path, nam
     script(name).main(["--sample", *command_line(TINY | {"--data": data, "--out": tmp_path / "run"})])
     assert f"train_{config_of(tmp_path / 'run')['model_name']}" == name
     assert list(losses(tmp_path / "run")) == [1, 2] and saved_steps(tmp_path / "run") == [2]
-    model, tokenizer = generate.load_run(tmp_path / "run", torch.device("cpu"))
-    assert type(model) is MODELS[name.removeprefix("train_")][0] and tokenizer.get_vocab_size() == 300
+    model, tokenizer = load_run(tmp_path / "run", torch.device("cpu"))
+    assert type(model) is MODELS[name.removeprefix("train_")] and tokenizer.get_vocab_size() == 300
     tokens = eval_windows(open_tokens(data).eval, 32, 4)
     with torch.no_grad():
         ce = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
@@ -75,7 +73,7 @@ def test_sample_writes_its_data_and_a_flag_still_counts(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         write_corpus(folder)
 
-    monkeypatch.setattr("llm.flags.make_sample", make_sample)
+    monkeypatch.setattr("llm.training.flags.make_sample", make_sample)
     monkeypatch.chdir(tmp_path)
     flags = {"--steps": 2, "--tokens-per-step": 128, "--model.max-seq-len": 32, "--wandb": "off", "--precision": "fp32"}
     script().main(["--sample", *command_line(flags)])
@@ -102,6 +100,11 @@ def help_of(main, capsys) -> str:
     except SystemExit as end:
         assert end.code == 0
     return capsys.readouterr().out
+
+
+def test_help_describes_the_fields_of_a_models_own_config(capsys):
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", help_of(script("train_grouped_query").main, capsys)).split())
+    assert re.search(r"--model\.n-kv-heads INT [A-Z]\w+ .*?\(default: \d+\)", words)
 
 
 def test_help_names_every_flag_and_what_it_does(capsys):
@@ -157,7 +160,7 @@ def test_a_story_of_several_is_the_one_it_would_be_alone(run, capsys):
 )
 def test_a_story_that_fills_the_context_says_so(run, capsys, monkeypatch, tokens, as_text):
     """One token a letter, which as text would be merged; and bytes that are no character, which as text are longer."""
-    _, tokenizer = generate.load_run(run, torch.device("cpu"))
+    _, tokenizer = load_run(run, torch.device("cpu"))
     letters = itertools.cycle(
         tokenizer.token_to_id(letter.replace(" ", "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}")) for letter in tokens
     )
@@ -198,7 +201,7 @@ def test_a_checkpoint_alone_is_enough(run, data, tmp_path, monkeypatch, capsys):
     for file in checkpoint.iterdir():
         (alone / file.name).write_bytes(file.read_bytes())
     monkeypatch.chdir(tmp_path)
-    _, tokenizer = generate.load_run(alone, torch.device("cpu"))
+    _, tokenizer = load_run(alone, torch.device("cpu"))
     assert tokenizer.to_str() == load_tokenizer(data / "tokenizer-bpe.json").to_str()
     assert write_stories(capsys, alone, "--max-new-tokens", 4)[0].startswith("Once upon a time")
 
@@ -271,68 +274,3 @@ def test_the_default_ladder_reads_the_text_ten_times_at_most(data):
     assert flags.budget()[:2] == ["--steps", str(max(1, 10 * n_tokens // 131_072))]
     assert flags.runs()[:4] == [("baseline", 0), ("baseline", 1), ("baseline", 2), ("learned_position", 0)]
     assert len(flags.runs()) == 3 * len(MODELS)
-
-
-# README
-
-
-def commands() -> list[list[str]]:
-    """The words of every command of ours in README's code blocks, without `uv run`."""
-    found = []
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE):
-        if language not in ("", "bash", "sh", "shell", "console"):
-            continue
-        for line in block.replace("\\\n", " ").splitlines():
-            if not re.match(r"\s*(\$ )?(uv run|python|torchrun|\./)", line):
-                continue
-            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
-            parts = " ".join(shlex.quote(word) if word not in ("&&", "|", ";") else "\n" for word in words).split("\n")
-            found += [shlex.split(part) for part in parts]
-    return [words[2:] if words[:2] == ["uv", "run"] else words for words in found if words]
-
-
-def target_of(words: list[str]) -> tuple[str, list[str]]:
-    """What a command runs, as a path or a module, and its flags."""
-    if words[0] == "torchrun":
-        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        return words[at], words[at + 1 :]
-    if words[0] == "python":
-        return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
-    return words[0], words[1:]
-
-
-def main_of(target: str):
-    """The function behind a path or a module; None where the command is not one of ours that takes flags."""
-    if target == "llm.generate":
-        return generate.main
-    return load(ROOT / target).main if target.endswith(".py") else None
-
-
-def test_readme_has_commands():
-    assert {"train_scripts/train_baseline.py", "llm.generate"} <= {target_of(words)[0] for words in commands()}
-
-
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_a_command_of_readme_can_be_given(words, capsys):
-    target, given = target_of(words)
-    if target.startswith("./") or "/" in target or target.endswith(".py"):
-        assert (ROOT / target).is_file(), f"README runs {target}, which does not exist"
-    if (main := main_of(target)) is None:
-        return
-    known = set(re.findall(r"--[a-z][\w.-]*", help_of(main, capsys)))
-    given = given[: given.index("--")] if "--" in given else given  # what follows is for another script
-    flags = {word.partition("=")[0] for word in given if word.startswith("--") and word != "--"}
-    assert flags <= known, f"{target} has no {sorted(flags - known)}"
-
-
-def test_every_relative_link_of_readme_leads_somewhere():
-    links = re.findall(r"\]\(([^)\s]+)\)", README)
-    relative = [link.partition("#")[0] for link in links if "://" not in link and not link.startswith(("#", "mailto:"))]
-    assert not [link for link in relative if not Path(ROOT / link).exists()]
-
-
-def test_every_place_within_readme_that_is_linked_to_exists():
-    headings = {
-        re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", README, re.M)
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings

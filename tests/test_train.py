@@ -38,18 +38,19 @@ from training import (
     write_corpus,
 )
 
-from llm import data as data_module
-from llm import gradient, optim, run_directory
-from llm.accounting import summary
-from llm.checkpoint import best_checkpoint, find_checkpoints
-from llm.data import open_tokens
-from llm.distributed import Ranks
-from llm.generate import load_run
-from llm.journal import Journal
-from llm.models.baseline import Baseline, BaselineConfig
+from llm.analysis.accounting import summary
+from llm.config import TrainConfig
+from llm.data.files import open_tokens
+from llm.data.tokenize import pre_tokenize
+from llm.data.windows import windows
+from llm.generate.load import load_run
+from llm.models.baseline import Baseline
 from llm.modules.blocks import Block
-from llm.run_directory import RunDirectory, read_metrics
-from llm.tokenization import pre_tokenize
+from llm.training import gradient, optim, run_directory
+from llm.training.checkpoint import best_checkpoint, find_checkpoints
+from llm.training.device import Machine
+from llm.training.journal import Journal
+from llm.training.run_directory import RunDirectory, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 
@@ -129,7 +130,7 @@ def test_the_run_directory_holds_all_that_came_of_it(data, tmp_path, monkeypatch
     first, last = (evaluations(run)[step]["eval_loss"] for step in (0, 4))
     assert f"{first:.3f} at step 0, {last:.3f} at step 4" in said
     assert f'python -m llm.generate {run} --prompt "Once upon a time"' in said
-    assert "repeatable  bitwise" in said and summary(Baseline(BaselineConfig(**config["model"]))) in said
+    assert "repeatable  bitwise" in said and summary(Baseline(Baseline.Config(**config["model"]))) in said
 
 
 def test_the_next_command_is_one_that_runs(data, tmp_path, monkeypatch, capsys):
@@ -155,7 +156,7 @@ def test_the_share_of_peak_counts_every_device():
     alone, eight = (object.__new__(Journal) for _ in range(2))
     for journal, world_size in ((alone, 1), (eight, 8)):
         journal.flops_per_token, journal.machine = 1e6, SimpleNamespace(peak_flops=1e12)
-        journal.training = SimpleNamespace(ranks=Ranks(world_size=world_size))
+        journal.world_size = world_size
     assert alone.share_of_peak(4e5) == pytest.approx(0.4) == eight.share_of_peak(3.2e6)
 
 
@@ -174,7 +175,7 @@ def test_the_steps_are_those_of_a_plain_loop_over_whole_batches(data, straight):
     optimizer = torch.optim.AdamW(decays, betas=(0.9, 0.95), foreach=False)
     lines = [line for line in read_metrics(straight / "metrics.jsonl") if "loss" in line]
     for step, line in enumerate(lines[:4]):
-        tokens = data_module.windows(open_tokens(data).train, 32, 0, step * WINDOWS_PER_STEP, WINDOWS_PER_STEP)
+        tokens = windows(open_tokens(data).train, 32, 0, step * WINDOWS_PER_STEP, WINDOWS_PER_STEP)
         tokens = torch.from_numpy(tokens)
         loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -278,7 +279,7 @@ def test_gradients_are_clipped_before_the_update(data, straight, tmp_path, monke
             seen.append(math.sqrt(sum(float(p.grad.square().sum()) for g in self.param_groups for p in g["params"])))
             return super().step()
 
-    monkeypatch.setattr("llm.train.make_optimizer", lambda model, config: Recorder(model.parameters(), lr=0.1))
+    monkeypatch.setattr("llm.training.loop.make_optimizer", lambda model, config: Recorder(model.parameters(), lr=0.1))
     run = train_baseline(data, tmp_path / "run", "--steps", 3, "--grad-clip", 0.01)
     assert seen == pytest.approx([0.01] * 3, rel=1e-3)
     assert all(line["grad_norm"] > 0.1 for line in read_metrics(run / "metrics.jsonl") if "loss" in line)
@@ -296,7 +297,7 @@ def test_the_device_is_read_once_a_step(data, tmp_path, monkeypatch):
             return real(self, *arguments)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    update = sys.modules["llm.train"].Training.update
+    update = sys.modules["llm.training.loop"].Training.update
 
     def watched(*arguments):
         inside.append(True)
@@ -304,7 +305,7 @@ def test_the_device_is_read_once_a_step(data, tmp_path, monkeypatch):
         inside.clear()
         return report
 
-    monkeypatch.setattr(sys.modules["llm.train"].Training, "update", watched)
+    monkeypatch.setattr(sys.modules["llm.training.loop"].Training, "update", watched)
     train_baseline(data, tmp_path / "run", "--steps", 5, "--micro-batch-size", 2)
     assert reads == ["tolist"] * 5
 
@@ -314,7 +315,7 @@ def test_the_best_checkpoint_is_kept(data, tmp_path, monkeypatch):
     curve = {0: 5.0, 5: 4.0, 10: 3.0, 15: 3.5, 20: 4.5}
     steps = iter(curve)
     monkeypatch.setattr(
-        "llm.train.evaluate",
+        "llm.training.loop.evaluate",
         lambda *_, **__: {"eval_loss": curve[next(steps)], "eval_perplexity": 1.0, "eval_bits_per_byte": 1.0},
     )
     run = train_baseline(data, tmp_path / "run", "--eval-every", 5, "--save-every", 1)
@@ -330,7 +331,7 @@ def test_a_best_evaluation_is_saved_even_between_saves(data, tmp_path):
 def test_a_not_finite_evaluation_does_not_end_the_search_for_the_best(data, tmp_path, monkeypatch):
     curve = iter([math.nan, 4.0, 3.0])
     monkeypatch.setattr(
-        "llm.train.evaluate",
+        "llm.training.loop.evaluate",
         lambda *_, **__: {"eval_loss": next(curve), "eval_perplexity": 1.0, "eval_bits_per_byte": 1.0},
     )
     run = train_baseline(data, tmp_path / "run", "--steps", 4, "--eval-every", 2)
@@ -443,10 +444,10 @@ def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(data, straight, t
         if moment == "step":
             at_step(patch, 13, die)
         elif moment == "metrics":
-            at_step(patch, 13, lambda model: patch.setattr(run_directory, "_append", half_a_line))
+            at_step(patch, 13, lambda model: patch.setattr(run_directory, "append", half_a_line))
         else:
-            name = {"tensors written": "seal", "rename": "put_in_place", "prune": "_prune"}[moment]
-            at_step(patch, 10, lambda model: patch.setattr(f"llm.checkpoint.{name}", die))
+            name = {"tensors written": "seal", "rename": "put_in_place", "prune": "prune"}[moment]
+            at_step(patch, 10, lambda model: patch.setattr(f"llm.training.checkpoint.{name}", die))
         assert exit_status(in_child(lambda: train_baseline(data, tmp_path / "run"))) == -signal.SIGKILL
     assert saved_steps(tmp_path / "run")[-1] == (5 if moment in ("tensors written", "rename") else 10)
     train_baseline(data, tmp_path / "run")
@@ -570,7 +571,7 @@ def test_a_run_directory_of_another_architecture_is_refused_by_name(data, straig
     class Other(Baseline):
         pass
 
-    monkeypatch.setitem(sys.modules["llm.resume"].MODELS, "other", (Other, None))
+    monkeypatch.setitem(sys.modules["llm.training.resume"].MODELS, "other", Other)
     monkeypatch.setattr("llm.models.baseline.Baseline", Other)
     before = contents(straight)
     said = refusal(capsys, data, straight)
@@ -699,7 +700,7 @@ def test_what_is_not_finite_stops_before_the_update(data, straight, tmp_path, mo
     said = refusal(capsys, data, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000005"
     assert "step 7: loss " in said and "gradient norm" in said and f"Last good step: {checkpoint}" in said
-    assert f"learning rate {optim.learning_rate(7, open_config()):.3g}" in said
+    assert f"learning rate {optim.learning_rate(7, TrainConfig(steps=20, warmup_steps=4)):.3g}" in said
     assert list(losses(tmp_path / "run")) == list(range(1, 7))
     assert saved_steps(tmp_path / "run") == [5]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
@@ -707,12 +708,6 @@ def test_what_is_not_finite_stops_before_the_update(data, straight, tmp_path, mo
     monkeypatch.setattr(RunDirectory, "plot", lambda self: None)
     train_baseline(data, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(straight) and same_weights(tmp_path / "run", straight)
-
-
-def open_config():
-    from llm.config import TrainConfig
-
-    return TrainConfig(steps=20, warmup_steps=4)
 
 
 def test_weights_are_left_as_they_were_where_the_gradient_is_not_finite(data, tmp_path, monkeypatch, capsys):
@@ -758,8 +753,8 @@ def test_a_compiler_that_fails_costs_one_line(data, straight, tmp_path, monkeypa
         raise RuntimeError(reason)
 
     monkeypatch.setattr(torch, "compile", fail if broken == "at once" else lambda function: fail)
-    machine = sys.modules["llm.device"].Machine(torch.device("cpu"), bf16=False, compile=True)
-    monkeypatch.setattr("llm.train.find_machine", lambda *_: machine)
+    machine = Machine(torch.device("cpu"), bf16=False, compile=True)
+    monkeypatch.setattr("llm.training.loop.find_machine", lambda *_: machine)
     capsys.readouterr()
     run = train_baseline(data, tmp_path / "run")
     said = capsys.readouterr().out
@@ -776,8 +771,8 @@ def test_a_backward_that_does_not_compile_costs_one_line_too(data, straight, tmp
 
     real, backend = torch.compile, aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=fail)
     monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
-    machine = sys.modules["llm.device"].Machine(torch.device("cpu"), bf16=False, compile=True)
-    monkeypatch.setattr("llm.train.find_machine", lambda *_: machine)
+    machine = Machine(torch.device("cpu"), bf16=False, compile=True)
+    monkeypatch.setattr("llm.training.loop.find_machine", lambda *_: machine)
     capsys.readouterr()
     run = train_baseline(data, tmp_path / "run")
     assert "not compiled: RuntimeError: no kernel for the way back\n" in capsys.readouterr().out
@@ -865,7 +860,7 @@ def test_missing_data_name_the_three_ways(tmp_path, capsys):
 
 
 def test_a_model_that_is_not_listed_is_named(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("llm.resume.MODELS", {})
+    monkeypatch.setattr("llm.training.resume.MODELS", {})
     assert "Baseline is not in MODELS: add it to llm/models/__init__.py" in refusal(capsys, data, tmp_path / "run")
 
 

@@ -9,11 +9,11 @@ from types import ModuleType
 
 from safetensors.torch import load_file
 
-from llm import train as loop
-from llm.checkpoint import find_checkpoints, verify_checkpoint
-from llm.run_directory import read_metrics
-from llm.sample_stories import sample_stories
-from llm.tokenization import pre_tokenize
+from llm.data.sample import sample_stories
+from llm.data.tokenize import pre_tokenize
+from llm.training import loop
+from llm.training.checkpoint import find_checkpoints, verify_checkpoint
+from llm.training.run_directory import read_metrics
 
 ROOT = Path(__file__).parents[1]
 WINDOWS_PER_STEP = 8

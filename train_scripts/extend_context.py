@@ -1,16 +1,16 @@
-"""Train on short texts, read long ones: the loss at each position under every way to extend a RoPE model's context.
+"""Train on short texts and evaluate on long ones: the loss at each position under every way to extend RoPE's context.
 
     python train_scripts/extend_context.py                        # built-in stories, minutes on a laptop
     python train_scripts/extend_context.py --data data/tinystories -- --steps 2000
 
-One model is trained with windows of `short` tokens, then reads windows of `long` ones without more training. Unscaled,
-its loss rises where positions were never met; the scalings of llm/modules/position_encoding/context_extension.py differ
-in how much of that they undo, and in what they cost on short texts. Each stretch of `short` positions is read at the
-end of a text that ends there, as a user would who has no more: dynamic NTK does then only what that length needs, and
-on short texts nothing, while the others do not look at the length. Blog: Position encoding, longer context.
+One model is trained with windows of `short` tokens, then evaluated on windows of `long` tokens without more training.
+Without scaling, its loss rises at positions that training never had. The scalings of
+llm/modules/position_encoding/context_extension.py differ in how much lower they keep it, and in what they cost on short
+texts. Each stretch of `short` positions is evaluated at the end of a text of just that length, because dynamic NTK
+depends on the length of the text: it changes nothing on short texts. The other scalings are the same for all lengths.
+Blog: Position encoding, longer context.
 """
 
-import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from llm.data import eval_windows, open_tokens
-from llm.device import find_device
-from llm.generate import load_run
+from llm.data.files import open_tokens
+from llm.data.windows import eval_windows
+from llm.files import replacing, write_atomically
+from llm.generate.load import load_run
 from llm.models.rope import RoPEDecoder
 from llm.modules.position_encoding.context_extension import (
     DynamicNTK,
@@ -35,7 +36,7 @@ from llm.modules.position_encoding.context_extension import (
     YaRN,
 )
 from llm.modules.position_encoding.rope import RoPE, Scaling
-from llm.run_directory import write_atomically
+from llm.training.device import find_device
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Arguments:
 
 
 def scalings(short: int, long: int) -> dict[str, Scaling | None]:
-    """Every way to read `long / short` times as far, by name. Dynamic NTK finds that factor itself: its own stays 1."""
+    """Every way to extend the context by `long / short`. Dynamic NTK finds this factor itself, so its own is 1."""
     factor = long / short
     return {
         "no scaling": None,
@@ -85,13 +86,13 @@ def loss_by_position(model: RoPEDecoder, windows: Tensor, scaling: Scaling | Non
 
 
 def loss_as_texts_grow(model: RoPEDecoder, windows: Tensor, scaling: Scaling | None, short: int) -> Tensor:
-    """(N, T + 1) windows -> nats at each position, (T,): each stretch of `short` positions as the end of its text."""
+    """(N, T + 1) windows -> nats at each position, (T,); each stretch of `short` positions is the end of its text."""
     ends = range(short, windows.shape[1], short)
     return torch.cat([loss_by_position(model, windows[:, : end + 1], scaling)[-short:] for end in ends])
 
 
 def table(losses: dict[str, Tensor], short: int) -> str:
-    """Markdown: the mean loss in each stretch of `short` positions."""
+    """A Markdown table of the mean loss in each stretch of `short` positions."""
     stretches = range(0, len(next(iter(losses.values()))), short)
     lines = ["| | " + " | ".join(f"{start} to {start + short - 1}" for start in stretches) + " |"]
     lines += ["|---" * (len(stretches) + 1) + "|"]
@@ -101,7 +102,7 @@ def table(losses: dict[str, Tensor], short: int) -> str:
 
 
 def draw(losses: dict[str, Tensor], short: int, path: Path) -> None:
-    """Loss against position, smoothed over a sixteenth of the text."""
+    """Draw the loss against the position, averaged over a sixteenth of the text."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -117,10 +118,9 @@ def draw(losses: dict[str, Tensor], short: int, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=140)
+    with replacing(path) as picture:
+        figure.savefig(picture, format="png", dpi=140)
     pyplot.close(figure)
-    write_atomically(path, content.getvalue())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,10 +1,10 @@
-"""Train every model on the same tokens and put them into one table and one picture.
+"""Train every model on the same tokens and compare them in one table and one picture.
 
     python train_scripts/ladder.py                                        # the default size, on a GPU
     python train_scripts/ladder.py --small                                # small models, two hours on a CPU
 
-Each model is trained by its own script in a process of its own, so its peak memory is its own. After each run the table
-is written again; what is finished is not trained again, so an interrupted ladder goes on where it was.
+Each model is trained by its own script in a process of its own, so that its peak memory is measured alone. The table is
+written again after each run. Finished runs are not trained again, so an interrupted ladder goes on where it stopped.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import tyro
 
-from llm.compare import Result, compare, read_run
+from llm.analysis.compare import Result, compare, read_run
 from llm.config import TrainConfig
-from llm.data import open_tokens
+from llm.data.files import open_tokens
 from llm.models import MODELS
-from llm.run_directory import RunDirectoryError
+from llm.training.run_directory import RunDirectoryError
 
 SMALL = ["--sample", "--steps", "244", "--tokens-per-step", "4096", "--eval-windows", "128", "--eval-every", "61"]
-EPOCHS = 10  # at most, at the default size: what is read more often is learned by heart
+EPOCHS = 10  # at most, at the default size: text that is read more often is memorised
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Arguments:
     """Train every model on the same tokens and compare them. Flags after `--` go to every training script."""
 
     models: tuple[str, ...] = tuple(MODELS)
-    """Which models, in the order of the table; the first is what the others are held to."""
+    """Which models, in the order of the table; the first is the reference."""
     baseline_seeds: int = 3
-    """Seeds for the first model: their spread tells which differences mean something."""
+    """Seeds for the first model; their spread tells which differences are more than noise."""
     seeds: int | None = None
     """Seeds for every other model; where it is not given, 3, or 1 with --small."""
     small: bool = False
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def finished(folders: Iterable[Path]) -> Iterator[Result]:
-    """The runs that are complete, those of an earlier, interrupted ladder too."""
+    """The runs that are complete, also those of an earlier ladder that was interrupted."""
     for folder in folders:
         with contextlib.suppress(RunDirectoryError):
             yield read_run(folder)

@@ -1,14 +1,14 @@
 """Train `alibi` (llm/models/alibi.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.alibi import ALiBiConfig, ALiBiDecoder
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.alibi import ALiBiDecoder
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(ALiBiConfig, arguments)
+    settings = parse_arguments(ALiBiDecoder.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(ALiBiDecoder, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
 """Train `attention_sink` (llm/models/attention_sink.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.attention_sink import AttentionSink, AttentionSinkConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.attention_sink import AttentionSink
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(AttentionSinkConfig, arguments)
+    settings = parse_arguments(AttentionSink.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(AttentionSink, settings.model_for(data), settings.train, data)
 

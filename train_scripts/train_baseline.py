@@ -1,14 +1,14 @@
-"""Train the baseline, the textbook decoder (llm/models/baseline.py); `--help` names every flag."""
+"""Train `baseline` (llm/models/baseline.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.baseline import Baseline, BaselineConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.baseline import Baseline
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(BaselineConfig, arguments)
+    settings = parse_arguments(Baseline.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(Baseline, settings.model_for(data), settings.train, data)
 

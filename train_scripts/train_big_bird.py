@@ -1,14 +1,14 @@
 """Train `big_bird` (llm/models/big_bird.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.big_bird import BigBird, BigBirdConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.big_bird import BigBird
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(BigBirdConfig, arguments)
+    settings = parse_arguments(BigBird.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(BigBird, settings.model_for(data), settings.train, data)
 

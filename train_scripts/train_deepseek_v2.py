@@ -1,14 +1,14 @@
-"""Train `deepseek_v2` (llm/models/deepseek.py); `--help` names every flag."""
+"""Train `deepseek_v2` (llm/models/case_studies/deepseek_v2.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.deepseek import DeepseekV2, DeepseekV2Config
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.case_studies.deepseek_v2 import DeepseekV2
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(DeepseekV2Config, arguments)
+    settings = parse_arguments(DeepseekV2.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(DeepseekV2, settings.model_for(data), settings.train, data)
 

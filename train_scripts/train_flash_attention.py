@@ -1,14 +1,14 @@
 """Train `flash_attention` (llm/models/flash_attention.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.flash_attention import FlashAttentionConfig, FlashAttentionDecoder
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.flash_attention import FlashAttentionDecoder
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(FlashAttentionConfig, arguments)
+    settings = parse_arguments(FlashAttentionDecoder.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(FlashAttentionDecoder, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
 """Train `gated_attention` (llm/models/gated_attention.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.gated_attention import GatedAttentionConfig, GatedAttentionDecoder
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.gated_attention import GatedAttentionDecoder
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(GatedAttentionConfig, arguments)
+    settings = parse_arguments(GatedAttentionDecoder.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(GatedAttentionDecoder, settings.model_for(data), settings.train, data)
 

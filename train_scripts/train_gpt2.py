@@ -1,14 +1,14 @@
-"""Train `gpt2` (llm/models/gpt2.py); `--help` names every flag."""
+"""Train `gpt2` (llm/models/case_studies/gpt2.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.gpt2 import GPT2, GPT2Config
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.case_studies.gpt2 import GPT2
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(GPT2Config, arguments)
+    settings = parse_arguments(GPT2.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(GPT2, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
 """Train `grouped_query` (llm/models/grouped_query.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.grouped_query import GroupedQuery, GroupedQueryConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.grouped_query import GroupedQuery
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(GroupedQueryConfig, arguments)
+    settings = parse_arguments(GroupedQuery.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(GroupedQuery, settings.model_for(data), settings.train, data)
 

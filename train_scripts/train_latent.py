@@ -1,14 +1,14 @@
 """Train `latent` (llm/models/latent.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.latent import Latent, LatentConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.latent import Latent
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(LatentConfig, arguments)
+    settings = parse_arguments(Latent.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(Latent, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
 """Train `layer_norm` (llm/models/layer_norm.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.layer_norm import LayerNormConfig, LayerNormDecoder
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.layer_norm import LayerNormDecoder
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(LayerNormConfig, arguments)
+    settings = parse_arguments(LayerNormDecoder.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(LayerNormDecoder, settings.model_for(data), settings.train, data)
 

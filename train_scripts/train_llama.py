@@ -1,14 +1,14 @@
-"""Train `llama` (llm/models/llama.py); `--help` names every flag."""
+"""Train `llama` (llm/models/case_studies/llama.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.llama import Llama, LlamaConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.case_studies.llama import Llama
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(LlamaConfig, arguments)
+    settings = parse_arguments(Llama.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(Llama, settings.model_for(data), settings.train, data)
 

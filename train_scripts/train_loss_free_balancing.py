@@ -1,14 +1,14 @@
 """Train `loss_free_balancing` (llm/models/loss_free_balancing.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.loss_free_balancing import LossFreeBalancing, LossFreeBalancingConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.loss_free_balancing import LossFreeBalancing
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(LossFreeBalancingConfig, arguments)
+    settings = parse_arguments(LossFreeBalancing.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(LossFreeBalancing, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
-"""Train `mistral` (llm/models/mistral.py); `--help` names every flag."""
+"""Train `mistral` (llm/models/case_studies/mistral.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.mistral import Mistral, MistralConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.case_studies.mistral import Mistral
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(MistralConfig, arguments)
+    settings = parse_arguments(Mistral.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(Mistral, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
-"""Train `mixtral` (llm/models/mixtral.py); `--help` names every flag."""
+"""Train `mixtral` (llm/models/case_studies/mixtral.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.mixtral import Mixtral, MixtralConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.case_studies.mixtral import Mixtral
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(MixtralConfig, arguments)
+    settings = parse_arguments(Mixtral.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(Mixtral, settings.model_for(data), settings.train, data)
 

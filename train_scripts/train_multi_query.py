@@ -1,14 +1,14 @@
 """Train `multi_query` (llm/models/multi_query.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.multi_query import MultiQuery, MultiQueryConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.multi_query import MultiQuery
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(MultiQueryConfig, arguments)
+    settings = parse_arguments(MultiQuery.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(MultiQuery, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
 """Train `nope` (llm/models/nope.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.nope import NoPEConfig, NoPEDecoder
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.nope import NoPEDecoder
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(NoPEConfig, arguments)
+    settings = parse_arguments(NoPEDecoder.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(NoPEDecoder, settings.model_for(data), settings.train, data)
 

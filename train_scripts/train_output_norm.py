@@ -1,14 +1,14 @@
 """Train `output_norm` (llm/models/output_norm.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.output_norm import OutputNorm, OutputNormConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.output_norm import OutputNorm
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(OutputNormConfig, arguments)
+    settings = parse_arguments(OutputNorm.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(OutputNorm, settings.model_for(data), settings.train, data)
 

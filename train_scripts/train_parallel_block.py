@@ -1,14 +1,14 @@
 """Train `parallel_block` (llm/models/parallel_block.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.parallel_block import ParallelBlockConfig, ParallelBlockDecoder
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.parallel_block import ParallelBlockDecoder
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(ParallelBlockConfig, arguments)
+    settings = parse_arguments(ParallelBlockDecoder.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(ParallelBlockDecoder, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
 """Train `post_norm` (llm/models/post_norm.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.post_norm import PostNorm, PostNormConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.post_norm import PostNorm
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(PostNormConfig, arguments)
+    settings = parse_arguments(PostNorm.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(PostNorm, settings.model_for(data), settings.train, data)
 

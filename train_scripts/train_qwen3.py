@@ -1,14 +1,14 @@
-"""Train `qwen3` (llm/models/qwen3.py); `--help` names every flag."""
+"""Train `qwen3` (llm/models/case_studies/qwen3.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.qwen3 import Qwen3, Qwen3Config
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.case_studies.qwen3 import Qwen3
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(Qwen3Config, arguments)
+    settings = parse_arguments(Qwen3.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(Qwen3, settings.model_for(data), settings.train, data)
 

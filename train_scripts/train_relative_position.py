@@ -1,14 +1,14 @@
 """Train `relative_position` (llm/models/relative_position.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.relative_position import RelativePositionConfig, RelativePositionDecoder
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.relative_position import RelativePositionDecoder
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(RelativePositionConfig, arguments)
+    settings = parse_arguments(RelativePositionDecoder.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(RelativePositionDecoder, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
 """Train `rope` (llm/models/rope.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.rope import RoPEConfig, RoPEDecoder
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.rope import RoPEDecoder
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(RoPEConfig, arguments)
+    settings = parse_arguments(RoPEDecoder.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(RoPEDecoder, settings.model_for(data), settings.train, data)
 

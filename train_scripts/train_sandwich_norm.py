@@ -1,14 +1,14 @@
 """Train `sandwich_norm` (llm/models/sandwich_norm.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.sandwich_norm import SandwichNorm, SandwichNormConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.sandwich_norm import SandwichNorm
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(SandwichNormConfig, arguments)
+    settings = parse_arguments(SandwichNorm.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(SandwichNorm, settings.model_for(data), settings.train, data)
 

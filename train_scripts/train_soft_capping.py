@@ -1,14 +1,14 @@
 """Train `soft_capping` (llm/models/soft_capping.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.soft_capping import SoftCapping, SoftCappingConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.soft_capping import SoftCapping
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(SoftCappingConfig, arguments)
+    settings = parse_arguments(SoftCapping.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(SoftCapping, settings.model_for(data), settings.train, data)
 

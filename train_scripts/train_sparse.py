@@ -1,14 +1,14 @@
 """Train `sparse` (llm/models/sparse.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.sparse import Sparse, SparseConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.sparse import Sparse
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(SparseConfig, arguments)
+    settings = parse_arguments(Sparse.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(Sparse, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
 """Train `streaming` (llm/models/streaming.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.streaming import Streaming, StreamingConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.streaming import Streaming
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(StreamingConfig, arguments)
+    settings = parse_arguments(Streaming.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(Streaming, settings.model_for(data), settings.train, data)
 

@@ -1,14 +1,14 @@
 """Train `swiglu` (llm/models/swiglu.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.swiglu import SwiGLUConfig, SwiGLUDecoder
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.swiglu import SwiGLUDecoder
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(SwiGLUConfig, arguments)
+    settings = parse_arguments(SwiGLUDecoder.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(SwiGLUDecoder, settings.model_for(data), settings.train, data)
 

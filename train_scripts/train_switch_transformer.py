@@ -1,14 +1,14 @@
 """Train `switch_transformer` (llm/models/switch_transformer.py); `--help` names every flag."""
 
-from llm.data import open_tokens
-from llm.flags import command, parse_arguments
-from llm.models.switch_transformer import SwitchTransformer, SwitchTransformerConfig
-from llm.train import train
+from llm.data.files import open_tokens
+from llm.models.switch_transformer import SwitchTransformer
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_arguments(SwitchTransformerConfig, arguments)
+    settings = parse_arguments(SwitchTransformer.Config, arguments)
     data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
     train(SwitchTransformer, settings.model_for(data), settings.train, data)
 

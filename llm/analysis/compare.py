@@ -1,34 +1,26 @@
-"""Runs side by side: a Markdown table of what each model cost and reached, and their curves in one picture.
+"""Compare runs: a Markdown table of each model's costs and losses, and their loss curves in one picture.
 
     python -m llm.compare runs/ladder/* --out runs/ladder
 
-Runs that differ in the seed and nothing else share a row: their mean and standard deviation. A run trained by another
-recipe than the first (optimiser, rates, ..), or with other settings than the first of its model, has a row of its own
-that says what differs. Only runs on the same data, with the same tokens and the same context are compared; others are
-refused by name.
+Runs that differ in the seed only share a row, which has their mean and standard deviation. A run with another recipe
+(optimiser, learning rates, ..) than the first run, or with other settings than the first run of its model, has a row of
+its own that names the difference. Only runs on the same data, with the same number of tokens and the same context are
+compared; for others there is an error that names them.
 """
 
+import math
 import statistics
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from llm.run_directory import RunDirectoryError, existing_config, read_metrics, write_atomically
+from llm.files import replacing, write_atomically
+from llm.training.run_directory import RunDirectoryError, existing_config, read_metrics
 
-COLUMNS = (
-    "model",
-    "seeds",
-    "parameters (active)",
-    "MFLOPs / token",
-    "eval loss",
-    "bits / byte",
-    "tokens / s",
-    "memory, MiB",
-    "cache, B / token",
-)
+HEADER = "| model | seeds | parameters (active) | MFLOPs / token | eval loss | bits / byte | tokens / s "
+HEADER += "| memory, MiB | cache, B / token |"
 SAME = ("steps", "tokens_per_step", "eval_windows")
 RECIPE = ("optimizer", "max_lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip")
 
@@ -49,7 +41,7 @@ class Result:
 
     @property
     def setting(self) -> dict:
-        """What has to be equal for a comparison to be fair."""
+        """The settings that must be equal for a fair comparison."""
         same = {name: self.config["train"][name] for name in SAME}
         data = self.config["data"]
         return same | {
@@ -63,7 +55,7 @@ class Result:
 
 
 def read_run(path: Path) -> Result:
-    """Raises RunDirectoryError where the run is none, or has not come to its last step."""
+    """Raises RunDirectoryError where `path` is no run directory, or the run has not reached its last step."""
     config = existing_config(path)
     metrics = read_metrics(path / "metrics.jsonl")
     evaluations = [line for line in metrics if line.get("eval_loss") is not None]
@@ -78,9 +70,9 @@ def read_run(path: Path) -> Result:
 
 
 def name_apart(results: list[Result]) -> list[Result]:
-    """The same results under names that tell apart what is no repetition: "baseline, optimizer = muon".
+    """The same results, renamed where they differ in more than the seed: "baseline, optimizer = muon".
 
-    Raises ValueError where a run is there twice: two equal runs would pass for two seeds.
+    Raises ValueError where a run occurs twice, since two equal runs would be taken for two seeds.
     """
     named, first_of = [], {}
     for result in results:
@@ -113,7 +105,7 @@ def table(results: list[Result]) -> str:
     rows = defaultdict(list)
     for result in results:
         rows[result.name].append(result)
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines = [HEADER, "|---" * (HEADER.count("|") - 1) + "|"]
     lines += ["| " + " | ".join(cells(name, seeds)) + " |" for name, seeds in rows.items()]
     return "\n".join(lines) + "\n"
 
@@ -143,15 +135,12 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f}{deviation}"
 
 
-IN_A_PANEL = 9  # as many curves as the eye can tell apart
+IN_A_PANEL = 9  # more curves are hard to tell apart
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """The eval loss of every run against the tokens it was trained on, a few models to a panel in the order given; the
-    first model, the reference, is black in each."""
-    import io
-    import math
-
+    """Draw the eval loss of every run against its training tokens, in panels of a few models in the order given. The
+    first model, the reference, is black in each panel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,10 +170,9 @@ def draw(results: list[Result], path: Path) -> None:
         panel.legend(fontsize=8, frameon=False)
     for panel in panels[:, 0]:
         panel.set_ylabel("eval loss, nats per token")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
+    with replacing(path) as picture:
+        figure.savefig(picture, format="png", dpi=110)
     pyplot.close(figure)
-    write_atomically(path, content.getvalue())
 
 
 @dataclass(frozen=True)
@@ -192,7 +180,7 @@ class Arguments:
     """Compare finished runs: print a Markdown table, and write it with a picture of the curves."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories; the first model is the one that others are held to. What is no run directory is left out."""
+    """Run directories; the first model is the reference. Folders without a run are left out."""
     out: Path = Path("runs")
     """Folder for comparison.md and comparison.png."""
 
@@ -207,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compare(results: list[Result], out: Path) -> None:
-    """Print the table, write it and the picture to `out`. Raises ValueError for runs that were not trained alike."""
+    """Print the table; write it and the picture to `out`. Raises ValueError for runs that were not trained alike."""
     check_fair(results)
     results = name_apart(results)
     out.mkdir(parents=True, exist_ok=True)
@@ -215,10 +203,3 @@ def compare(results: list[Result], out: Path) -> None:
     write_atomically(out / "comparison.md", text.encode())
     draw(results, out / "comparison.png")
     print(f"{text}\nwritten to {out / 'comparison.md'}, curves in {out / 'comparison.png'}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, RunDirectoryError) as error:
-        sys.exit(f"error: {error}")

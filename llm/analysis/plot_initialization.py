@@ -1,16 +1,14 @@
-"""How large activations and gradients are at each depth before the first step, under every initialisation.
+"""The size of activations and gradients at each depth before the first step, under every initialisation.
 
     python -m llm.plot_initialization
     python -m llm.plot_initialization --model post_norm --data data/tinystories
 
-A point at depth l is the root mean square of the residual stream after block l (0: the embedding), or of the loss's
-gradient there. Flat lines train well; a line that climbs or falls by orders of magnitude tells in which layers updates
-will be too large or too small. Blog: Initialization.
+A point at depth l is the root mean square of the residual stream after block l (0: the embedding), or of the gradient
+of the loss there. Flat lines train well. Where a line rises or falls by orders of magnitude, the updates of those
+layers will be too large or too small. Blog: Initialization.
 """
 
-import sys
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +19,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from llm.config import check_positive
-from llm.data import open_tokens
+from llm.data.files import open_tokens
+from llm.files import replacing
 from llm.models import MODELS
 from llm.models.transformer import Transformer
 from llm.modules.initialization import SCHEMES
-from llm.run_directory import write_atomically
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Arguments:
     n_layers: int = 12
     """Number of blocks."""
     d_model: int = 256
-    """Width of the residual stream; the feed-forward layer grows along."""
+    """Width of the residual stream; the feed-forward layer grows in proportion."""
     windows: int = 4
     """Windows of text in the batch."""
     window_size: int = 128
@@ -66,22 +64,23 @@ class Profile:
 def main(arguments: list[str] | None = None) -> dict[str, Profile]:
     a = tyro.cli(Arguments, args=arguments)
     tokens, vocab_size = read_tokens(a)
-    Model, Config = MODELS[a.model]
+    Model = MODELS[a.model]
     sizes = {"n_layers": a.n_layers, "d_model": a.d_model, "vocab_size": vocab_size, "max_seq_len": a.window_size}
-    if "d_ff" in Config.small:
-        sizes["d_ff"] = Config.small["d_ff"] * a.d_model // Config.small["d_model"]
+    small = Model.Config.small
+    if "d_ff" in small:
+        sizes["d_ff"] = small["d_ff"] * a.d_model // small["d_model"]
     profiles = {}
     for scheme in SCHEMES:
         torch.manual_seed(a.seed)
-        profiles[scheme] = profile(Model(Config(**{**Config.small, **sizes}, initialization=scheme)), tokens)
-    print(table(profiles))
-    draw(profiles, f"{a.model}, {a.n_layers} layers, d_model {a.d_model}, step 0", a.out)
+        profiles[scheme] = profile(Model(Model.Config(**{**small, **sizes}, initialization=scheme)), tokens)
+    print(scale_table(profiles))
+    draw_scales(profiles, f"{a.model}, {a.n_layers} layers, d_model {a.d_model}, step 0", a.out)
     print(f"\npicture: {a.out}")
     return profiles
 
 
 def read_tokens(a: Arguments) -> tuple[Tensor, int]:
-    """The batch (windows, window_size + 1) and the vocabulary's size. Raises ValueError where the data are too few."""
+    """The batch (windows, window_size + 1) and the size of the vocabulary. Raises ValueError for too few data."""
     shape = (a.windows, a.window_size + 1)
     if a.data is None:
         vocab_size = 10_000
@@ -94,7 +93,7 @@ def read_tokens(a: Arguments) -> tuple[Tensor, int]:
 
 
 def profile(model: Transformer, tokens: Tensor) -> Profile:
-    """Forward and backward once, with the stream (B, T, D) before the first and after each block held on to."""
+    """One forward and one backward pass, with the stream (B, T, D) before the first block and after each block kept."""
     stream: list[Tensor] = []
 
     def hold(x: Tensor) -> None:
@@ -113,8 +112,8 @@ def rms(x: Tensor) -> float:
     return x.detach().double().square().mean().sqrt().item()
 
 
-def table(profiles: dict[str, Profile]) -> str:
-    """Markdown: a row for each scheme; the scales at the embedding, halfway, and after the last block."""
+def scale_table(profiles: dict[str, Profile]) -> str:
+    """A Markdown table: a row for each scheme, with the scales at the embedding, halfway and after the last block."""
     n_layers = len(next(iter(profiles.values())).activations) - 1
     depths = sorted({0, n_layers // 2, n_layers})
     names = [f"{what} {depth}" for what in ("activation", "gradient") for depth in depths]
@@ -125,7 +124,7 @@ def table(profiles: dict[str, Profile]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def draw(profiles: dict[str, Profile], title: str, path: Path) -> None:
+def draw_scales(profiles: dict[str, Profile], title: str, path: Path) -> None:
     """Activations on the left, gradients on the right, both on a logarithmic axis."""
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     figure.suptitle(title)
@@ -139,14 +138,6 @@ def draw(profiles: dict[str, Profile], title: str, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    picture = BytesIO()
-    figure.savefig(picture, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, picture.getvalue())
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    with replacing(path) as picture:
+        figure.savefig(picture, format="png")

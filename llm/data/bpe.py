@@ -1,15 +1,16 @@
 """Byte-pair encoding, learned from how often each word occurs.
 
-Every word starts as its bytes. The pair of neighbouring tokens that occurs most often becomes a token, wherever it
-stands, and so again until the vocabulary is full:
+Every word starts as its bytes. The most frequent pair of neighbouring tokens becomes a new token everywhere, and this
+is repeated until the vocabulary is full:
 
     pair = argmax over (a, b) of  sum over words of count(word) * occurrences of (a, b) in word
 
-Equal counts are decided by the smaller pair of ids. Only the neighbours of what was merged change their counts, so a
-merge costs as much as the pair has occurrences, and the largest count comes from a heap whose entries are corrected
-when they come up. The merges and their order are those of `tokenizers`, which tests/test_pre_tokenize.py holds.
+Of two pairs with equal counts, the one with the smaller ids is merged first. A merge changes the counts of neighbouring
+pairs only, so it costs as much as the pair has occurrences. The largest count is taken from a heap; an entry that is
+out of date is corrected when it comes to the top. tests/test_pre_tokenize.py checks that the merges and their order are
+those of the package `tokenizers`.
 
-Paper: "Neural Machine Translation of Rare Words with Subword Units" (arXiv:1508.07909).
+Neural Machine Translation of Rare Words with Subword Units, arXiv 1508.07909.
 """
 
 import heapq
@@ -20,20 +21,20 @@ from itertools import pairwise
 import numpy as np
 from tokenizers import pre_tokenizers
 
-NO_TOKEN = -1  # between two words, and where a token was merged into the one before it
+NO_TOKEN = -1  # stands between two words, and where a token was merged into the one before it
 
 
 def byte_characters() -> list[str]:
-    """Return the visible character that GPT-2 writes for each byte: its own, or where it has none, U+0100 and on."""
+    """Return the character that GPT-2 writes for each byte: its own where that is visible, else one from U+0100 on."""
     visible = {chr(byte) for byte in range(256)} & set(pre_tokenizers.ByteLevel.alphabet())
     others = (chr(code) for code in range(256, 512))
     return [chr(byte) if chr(byte) in visible else next(others) for byte in range(256)]
 
 
 def learn_merges(counts: dict[bytes, int], vocab_size: int, special: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the vocabulary (`special`, the 256 bytes, what was merged) and the merges, in the order learned.
+    """Return the vocabulary (`special`, the 256 bytes, the merged tokens) and the merges, in the order learned.
 
-    The vocabulary stays smaller than `vocab_size` where the words have no more pairs to merge.
+    The vocabulary is smaller than `vocab_size` if the words run out of pairs to merge.
     """
     vocabulary, merges = [special, *sorted(byte_characters())], []
     symbol, before, after, times = chained(counts, vocabulary)
@@ -54,7 +55,7 @@ def learn_merges(counts: dict[bytes, int], vocab_size: int, special: str) -> tup
         made = set()
         for i in where.pop(pair):
             j = after[i]
-            if symbol[i] != a or symbol[j] != b:  # its neighbour took it, as the third a of "aaa", or the pair is gone
+            if symbol[i] != a or symbol[j] != b:  # an earlier merge took one of the two, as in "aaa"
                 continue
             left, right, n = before[i], after[j], times[i]
             symbol[i], symbol[j] = new, NO_TOKEN
@@ -75,7 +76,7 @@ def learn_merges(counts: dict[bytes, int], vocab_size: int, special: str) -> tup
 
 
 def chained(counts: dict[bytes, int], vocabulary: list[str]) -> tuple[array, array, array, array]:
-    """Return all words in one row: the token at each place, the places before and after it, and its word's count."""
+    """Return all words in one row: each place's token, the places before and after it, and the count of its word."""
     ids = {token: i for i, token in enumerate(vocabulary)}
     id_of_byte = np.array([ids[character] for character in byte_characters()], dtype=np.int32)
     lengths = np.array([0, *map(len, counts)], dtype=np.int64)
@@ -92,7 +93,7 @@ def chained(counts: dict[bytes, int], vocabulary: list[str]) -> tuple[array, arr
 
 
 def occurrences(symbol: array, times: array) -> tuple[defaultdict, defaultdict]:
-    """Return for each pair of neighbours the places of its first token, ascending, and how often it occurs in all."""
+    """Return, for each pair of neighbours, the ascending places of its first token and how often it occurs in total."""
     tokens, weights = np.asarray(symbol, dtype=np.int64), np.asarray(times)
     places = np.flatnonzero((tokens[:-1] != NO_TOKEN) & (tokens[1:] != NO_TOKEN))
     first, second = tokens[places], tokens[places + 1]

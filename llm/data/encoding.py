@@ -1,11 +1,12 @@
-"""Texts to words and to token ids: by `tokenizers`, and as fast as `gigatoken` can where it says the same.
+"""Texts to words and to token ids: by the package `tokenizers`, or faster by `gigatoken` where both agree.
 
-Both split a text into words by GPT-2's rule, ` ?letters| ?digits| ?others|blanks`, and write each word with the merges
-of the vocabulary. gigatoken remembers the words that it has met, and is some sixty times as fast.
+Both split a text into words by GPT-2's rule, ` ?letters| ?digits| ?others|blanks`, and encode each word with the merges
+of the vocabulary. gigatoken caches the words it has seen, and is some sixty times as fast.
 
-It is believed only where it was seen to agree: on the first texts, and on every character when it turns up first, since
-the two may know different editions of Unicode (gigatoken 0.10 takes 359 characters for letters or digits that
-tokenizers 0.23 does not know yet). Where it is missing or disagrees, `tokenizers` does the work and one line says so.
+gigatoken is used only where it was checked against `tokenizers`: on the first texts, and on every character when it
+first occurs. The two may follow different versions of Unicode (gigatoken 0.10 takes 359 characters for letters or
+digits that tokenizers 0.23 does not know yet). Where gigatoken is missing or disagrees, `tokenizers` does the work and
+one line says so.
 """
 
 import json
@@ -20,8 +21,8 @@ from contextlib import contextmanager
 import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 
-from llm.bpe import byte_characters
-from llm.stories import END_OF_TEXT
+from llm.data.bpe import byte_characters
+from llm.data.stories import END_OF_TEXT
 
 try:
     import gigatoken
@@ -29,8 +30,8 @@ try:
 except ImportError:
     gigatoken = None
 
-FIRST_BYTES = 200_000  # of the texts on which both must agree before one is believed
-AT_ONCE = 256  # texts; `tokenizers` needs much memory for each
+FIRST_BYTES = 200_000  # both must agree on this much text before gigatoken is used
+AT_ONCE = 256  # texts in one call; `tokenizers` needs much memory for each
 BLANKS = "\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"  # Unicode's White_Space
 WORD_WITH_BLANKS = re.compile(f"[{BLANKS}]*[^{BLANKS}]+|[{BLANKS}]+")
 
@@ -43,7 +44,7 @@ def split_words(text: str) -> list[bytes]:
 
 
 def count_words(texts: list[bytes]) -> dict[bytes, int]:
-    """Return how often each word occurs. No word goes from a letter on to a blank, so each such part is split once."""
+    """Return how often each word occurs. No word contains a letter before a blank, so each part is split once."""
     parts = Counter(part for text in texts for part in WORD_WITH_BLANKS.findall(text.decode()))
     counts = Counter()
     for part, n in parts.items():
@@ -74,7 +75,7 @@ def quiet() -> Iterator[None]:
 
 
 def encode(tokenizer: Tokenizer, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of all texts in one row, uint32 (n,), and where in it each text ends, int64 (len(texts),)."""
+    """Return the ids of all texts in one row, uint32 (n,), and where each text ends in it, int64 (len(texts),)."""
     ids = []
     for start in range(0, len(texts), AT_ONCE):
         batch = [text.decode() for text in texts[start : start + AT_ONCE]]
@@ -83,7 +84,7 @@ def encode(tokenizer: Tokenizer, texts: list[bytes]) -> tuple[np.ndarray, np.nda
 
 
 def fast_encoder(tokenizer: Tokenizer) -> Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]]:
-    """Return `encode` by gigatoken. It gets the vocabulary without special tokens, so no text is parsed for them."""
+    """Return `encode` by gigatoken. It is given no special tokens, so it never looks for them in a text."""
     fast = gigatoken.Tokenizer.from_json(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))
 
     def encode(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -94,40 +95,41 @@ def fast_encoder(tokenizer: Tokenizer) -> Callable[[list[bytes]], tuple[np.ndarr
 
 
 class Checked:
-    """Calls `fast` as long as it gives what `plain` gives; see the module's first lines. `what` names it in messages.
+    """A function of texts that calls `fast` where it was checked against `plain`, and `plain` elsewhere.
 
-    `same` compares two results. A block of texts with a character that the two understand differently goes to `plain`.
+    `same` compares two results. `what` names the work in messages. A block of texts with a character that the two
+    treat differently is left to `plain`.
     """
 
     def __init__(self, fast: Callable | None, plain: Callable, same: Callable, what: str):
         self.fast, self.plain, self.same, self.what = fast, plain, same, what
         self.known: set[str] = set()
-        self.strange: set[str] = set()
-        self.met_texts = False
+        self.disputed: set[str] = set()
+        self.checked_texts = False
 
     def __call__(self, texts: list[bytes]):
-        if self.fast is not None and not self.met_texts:
-            self.meet(texts)
-        if self.fast is None or self.characters(texts) & self.strange:
+        if self.fast is not None and not self.checked_texts:
+            self.check_texts(texts)
+        if self.fast is None or self.check_characters(texts) & self.disputed:
             return self.plain(texts)
         return self.fast(texts)
 
-    def meet(self, texts: list[bytes]) -> None:
+    def check_texts(self, texts: list[bytes]) -> None:
         """Compare both on the first texts."""
         first = texts[: 1 + int(np.searchsorted(np.cumsum([len(text) for text in texts]), FIRST_BYTES))]
-        self.met_texts = True
+        self.checked_texts = True
         if not self.same(self.fast(first), self.plain(first)):
             self.fast = None
             self.say("gigatoken and tokenizers disagree on the first texts")
 
-    def characters(self, texts: list[bytes]) -> set[str]:
-        """Return the characters beyond ASCII, and compare both on the new ones."""
+    def check_characters(self, texts: list[bytes]) -> set[str]:
+        """Return the characters beyond ASCII, after comparing both functions on those that are new."""
         found = set().union(*(text.decode() for text in texts if not text.isascii()))
         if new := found - self.known:
             disputed = {character for character in new if not same_words(character)} if not same_words(*new) else set()
-            if disputed - self.strange:
+            if disputed - self.disputed:
                 self.say(f"gigatoken and tokenizers split words with {min(disputed)!a} differently; where it occurs")
-            self.strange |= disputed
+            self.disputed |= disputed
             self.known |= new
         return found
 
@@ -142,12 +144,12 @@ def same_words(*characters: str) -> bool:
 
 
 def word_counter() -> Checked:
-    """Return the fastest `count_words` that can be trusted."""
+    """Return `count_words`, by gigatoken where it agrees."""
     return Checked(count_words_fast if gigatoken else None, count_words, operator.eq, "words are counted")
 
 
 def text_encoder(tokenizer: Tokenizer) -> Checked:
-    """Return the fastest `encode` with this tokenizer that can be trusted: texts -> (ids, ends)."""
+    """Return `encode` with this tokenizer, by gigatoken where it agrees: texts -> (ids, ends)."""
     return Checked(
         fast_encoder(tokenizer) if gigatoken else None,
         lambda texts: encode(tokenizer, texts),

@@ -1,14 +1,20 @@
-"""Built-in stories for `--sample`: about 2 MB of small tales from a seeded grammar, so that nothing need be downloaded.
+"""Built-in stories for `--sample`: about 2 MB of small tales from a seeded grammar, so nothing has to be downloaded.
 
-A story draws a cast from WORDS, which keeps its names and things throughout, and one of the PLOTS. In both, `a|b|c` in
-brackets means one of them and `{name}` is filled from the cast. Enough for a loss curve to fall for a reason and for a
-small model to write something like a story; no substitute for TinyStories.
+For each story a cast of names and things is drawn from WORDS, and one of the PLOTS is told with it. In both, `[a|b|c]`
+means one of the three, and `{name}` is filled in from the cast. The stories are enough for a loss curve that falls and
+for a small model that writes something like a story. They are no substitute for TinyStories.
 """
 
 import random
 import re
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
+
+from llm.data.files import ARRAY_FILES
+from llm.data.stories import END_OF_TEXT
+from llm.data.tokenize import pre_tokenize
+from llm.files import write_atomically
 
 N_STORIES = {"train": 3_450, "eval": 180}
 
@@ -184,7 +190,7 @@ ENDING = (
 
 
 def choose(text: str, rng: random.Random) -> str:
-    """Replace every `[a|b|c]` by one of its parts, the innermost first."""
+    """Replace every `[a|b|c]` by one of its parts, the innermost brackets first."""
     while "[" in text:
         text = re.sub(r"\[([^\[\]]*)\]", lambda choice: rng.choice(choice[1].split("|")), text)
     return text
@@ -219,3 +225,16 @@ def sample_stories() -> dict[str, list[str]]:
     """Return the stories of "train" and "eval", the same ones every time; the two splits have none in common."""
     stories = all_stories()
     return {split: list(islice(stories, n)) for split, n in N_STORIES.items()}
+
+
+def make_sample(folder: str | Path = Path("data/sample"), vocab_size: int = 10_000) -> Path:
+    """Write the built-in stories and their arrays into `folder` unless they are complete already; return the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {split: folder / f"sample_{split}.txt" for split in ARRAY_FILES}
+    for split, stories in sample_stories().items():
+        path, text = paths[split], "".join(f"{story}\n{END_OF_TEXT}\n" for story in stories).encode()
+        if not path.is_file() or path.read_bytes() != text:
+            write_atomically(path, text)
+    pre_tokenize(paths["train"], paths["eval"], folder, vocab_size)
+    return folder

@@ -1,15 +1,15 @@
-"""Read the stories of a text file as a stream of blocks.
+"""Read the stories of a text file, block by block.
 
-A story is the text between two `<|endoftext|>`, stripped at both ends (`str.strip`) and untouched inside: CRLF, NUL
-and blanks stay. Empty stories are dropped and counted, each invalid UTF-8 sequence becomes U+FFFD and is counted. A
-file without a separator is one story. A long story passes in pieces, so memory depends on neither file nor story.
+A story is the text between two `<|endoftext|>`. It is stripped at both ends (`str.strip`), and its inside stays as it
+is: CRLF, NUL and blanks are kept. Empty stories are dropped and counted. Each invalid UTF-8 sequence becomes U+FFFD and
+is counted. A file without a separator is one story. A long story is read in pieces, so the memory needed depends on
+neither the size of the file nor the length of a story.
 
-Stories are bytes, valid UTF-8: a gigabyte has more than a million of them, and ASCII needs no decoding.
+Stories are bytes of valid UTF-8, not `str`: a gigabyte holds more than a million stories, and ASCII needs no decoding.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ UP_TO_A_WORD_END = re.compile(rb".*[!-~\xb0-\xbf](?=[ \n])", re.DOTALL)  # no bl
 
 @dataclass
 class Tally:
-    """What one split holds. `story_bytes` are the UTF-8 bytes of the stories, without the separators."""
+    """What one split holds. `story_bytes` counts the UTF-8 bytes of the stories without the separators."""
 
     stories: int = 0
     tokens: int = 0
@@ -37,17 +37,17 @@ class Tally:
 
 
 def cut(raw: bytes) -> list[bytes]:
-    """Cut bytes into pieces of at most LONGEST_PIECE, all but the last; joined they are `raw` again.
+    """Cut bytes into pieces that give `raw` when joined. All but the last are at most LONGEST_PIECE long.
 
-    A cut falls where a word ends and white space begins, wherever there is such a place: the tokenizer starts a new
-    word there anyway, so the ids are those of the uncut text. What is left after a cut is longer than LONGEST_PIECE, so
-    the beginning of a separator at the end of it is never cut off.
+    A cut is made where a word ends and white space begins, if there is such a place. The tokenizer starts a new word
+    there anyway, so the ids are those of the uncut text. The last piece is longer than LONGEST_PIECE, so a separator
+    that has only begun at the end of `raw` is never cut in two.
     """
     pieces, start = [], 0
     while len(raw) - start > 2 * LONGEST_PIECE:
         if head := UP_TO_A_WORD_END.match(raw, start, start + LONGEST_PIECE):
             end = head.end()
-        else:  # end at least between two characters
+        else:  # cut between two characters
             starts_character = (raw[start + LONGEST_PIECE - back] & 0xC0 != 0x80 for back in range(4))
             end = start + LONGEST_PIECE - next((back for back, yes in enumerate(starts_character) if yes), 0)
         pieces.append(raw[start:end])
@@ -56,9 +56,9 @@ def cut(raw: bytes) -> list[bytes]:
 
 
 def raw_blocks(file: BinaryIO, bar: tqdm) -> Iterator[tuple[bytes, bool]]:
-    """Yield (stories with separators between them, True) or, of a story longer than READ_BYTES, (a part, False).
+    """Yield (stories with separators between them, True), or (a part of one story, False) where it is very long.
 
-    A part does not end in blanks, as they may turn out to be the end of the story.
+    A part never ends in blanks: the story may end there, and would have to be stripped.
     """
     rest, unfinished = b"", False
     while read := file.read(READ_BYTES):
@@ -81,7 +81,7 @@ def without_last_blanks(raw: bytes) -> bytes:
 
 
 def clean(raw: bytes, tally: Tally, begun: bool) -> bytes:
-    """Return a story stripped, at its end only where it has `begun` before, with its invalid UTF-8 replaced."""
+    """Return a story stripped, with its invalid UTF-8 replaced. If it has `begun` before, only its end is stripped."""
     if raw.isascii():
         return raw.rstrip(ASCII_BLANKS) if begun else raw.strip(ASCII_BLANKS)
     text = raw.decode(errors="replace")
@@ -90,11 +90,11 @@ def clean(raw: bytes, tally: Tally, begun: bool) -> bytes:
 
 
 def read_stories(path: Path, tally: Tally, bar: tqdm) -> Iterator[tuple[list[bytes], np.ndarray]]:
-    """Yield blocks: (texts, the indices of those texts that end a story), counting in `tally` what is there.
+    """Yield blocks (texts, indices of the texts that end a story), and count in `tally` what was read.
 
-    Nearly always each text is a story; a long one is several texts, which may lie in several blocks.
+    Nearly every text is a whole story. A long story is several texts, which may be in several blocks.
     """
-    begun = False  # whether an earlier block has the beginning of the first story in this one
+    begun = False  # whether the first story of this block began in an earlier block
     with open(path, "rb") as file:
         for raw, complete in raw_blocks(file, bar):
             first, *others = raw.split(END_OF_TEXT.encode())
@@ -110,14 +110,3 @@ def read_stories(path: Path, tally: Tally, bar: tqdm) -> Iterator[tuple[list[byt
             ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64) - 1
             if found:
                 yield list(chain.from_iterable(pieces)), ends if complete else ends[:0]
-
-
-def ahead(items: Iterable) -> Iterator:
-    """Yield the same items, the next one being made by a thread while the caller uses the last. What fails there is
-    raised here."""
-    items, end = iter(items), object()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as thread:
-        upcoming = thread.submit(next, items, end)
-        while (item := upcoming.result()) is not end:
-            upcoming = thread.submit(next, items, end)
-            yield item

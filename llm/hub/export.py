@@ -3,7 +3,7 @@
     export_pretrained(model, "out/", tokenizer="data/tinystories/tokenizer-bpe.json")
     export_pretrained(model, "out/", tokenizer="path/to/checkpoint/tokenizer.json")    # of a folder as the hub has it
 
-The rows and fields of the model's name table (llm/name_table.py) run backwards; the folder appears whole or not at all.
+The tables in llm/hub/maps/ are applied backwards. The folder is written whole or not at all.
 """
 
 import json
@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 
-from llm.hub_folder import (
+from llm.data.files import load_tokenizer
+from llm.data.stories import END_OF_TEXT
+from llm.hub.folder import (
     CONFIG,
     GENERATION_CONFIG,
     INDEX,
@@ -28,11 +30,10 @@ from llm.hub_folder import (
     load_hub_tokenizer,
     read_json,
 )
+from llm.hub.maps import PUBLISHED
+from llm.hub.tables import PretrainedError, Published, parts, plan, write_config
 from llm.models import MODELS
 from llm.models.transformer import Transformer
-from llm.name_table import PretrainedError, Published, parts, plan, write_config
-from llm.stories import END_OF_TEXT
-from llm.tokenization import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000
 ABOUT_TEXT = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json", "chat_template.jinja")
@@ -43,13 +44,13 @@ def export_pretrained(
 ) -> Path:
     """Write `out`, a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` open; all or nothing.
 
-    A tokenizer given as the tokenizer.json of a hub folder brings along what that folder says about the beginning and
-    the end of a text. Raises PretrainedError where no class of transformers computes what the model does, where it
-    refuses its shape, and where `out` holds something.
+    If the tokenizer is given as the tokenizer.json of a hub folder, that folder's other files about the beginning and
+    the end of a text are copied, too. Raises PretrainedError where no class of transformers computes the same as the
+    model, where transformers refuses its sizes, and where `out` is not empty.
     """
-    out, published = Path(out), getattr(type(model), "published", None)
+    out, published = Path(out), PUBLISHED.get(type(model))
     if published is None:
-        able = ", ".join(name for name, (Model, _) in MODELS.items() if hasattr(Model, "published"))
+        able = ", ".join(name for name, Model in MODELS.items() if Model in PUBLISHED)
         raise PretrainedError(
             f"no class of transformers can hold a {type(model).__name__}; the models that can be exported are {able}"
         )
@@ -84,8 +85,8 @@ def is_hub_tokenizer(path: Path) -> bool:
 
 
 def copy_tokenizer(folder: Path, source: Path, config: dict[str, Any]) -> None:
-    """Write config.json with the ids that the hub folder `source` has there, and copy its files about text as they are:
-    which tokens begin and end one, what they are called, how a chat is written."""
+    """Write config.json with the token ids of the hub folder `source`, and copy its files about text unchanged: its
+    vocabulary, the tokens that begin and end a text, their names, and how a chat is written."""
     ids = {name: value for name, value in read_json(source / CONFIG).items() if name.endswith("_token_id")}
     write_json(folder / CONFIG, config | ids)
     for name in ABOUT_TEXT:
@@ -94,9 +95,9 @@ def copy_tokenizer(folder: Path, source: Path, config: dict[str, Any]) -> None:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str, Any], max_seq_len: int) -> None:
-    """Write config.json and, from the tokenizer, which ids begin and end a text: none where there is no tokenizer.
+    """Write config.json and the tokenizer, both with the ids that begin and end a text: null without a tokenizer.
 
-    A model here has seen `<|endoftext|>` before each text, so the exported tokenizer puts it there.
+    In training a model here has `<|endoftext|>` before each text, so the exported tokenizer puts it there.
     """
     end = None if tokenizer is None else tokenizer.token_to_id(END_OF_TEXT)
     special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
@@ -121,7 +122,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def write_weights(folder: Path, model: Transformer, published: Published, shard_bytes: int) -> None:
-    """Run the rows backwards, into one file or into several of about `shard_bytes` with an index."""
+    """Write their tensors into one file, or into several of about `shard_bytes` with an index."""
     tensors, shards, total = model.state_dict(), [{}], 0
     for step in plan(published.names, tensors):
         ours = step.operation.save([part.cpu() for part in parts(tensors, step)])

@@ -1,7 +1,7 @@
 """The files of a published checkpoint: config.json, tokenizer.json, and tensors in one or several .safetensors files.
 
-Several files have an index that says which tensor lies where. Each tensor is read alone, and one that is stored in 4 or
-8 bits is expanded as it is read. Files that hold pickled data are never opened: they could run code.
+Where there are several, an index says which tensor is in which file. Tensors are read one at a time, and those stored
+in 4 or 8 bits are expanded as they are read. Files with pickled data are never opened, since they could run code.
 """
 
 import json
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
-from llm.name_table import PretrainedError
-from llm.quantized import block_counts, dequantize_fp8, dequantize_mxfp4
+from llm.hub.quantized import block_counts, dequantize_fp8, dequantize_mxfp4
+from llm.hub.tables import PretrainedError
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
@@ -25,13 +25,13 @@ FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 
 
 def is_hub_folder(path: Path) -> bool:
-    """Whether `path` holds a config.json that is not part of a run directory or checkpoint of ours."""
+    """Whether `path` holds a config.json and is neither a run directory nor a checkpoint of ours."""
     path = Path(path)
     return (path / CONFIG).is_file() and not (path / "manifest.json").exists() and not (path / "checkpoints").exists()
 
 
 def read_json(file: Path, optional: bool = False) -> dict[str, Any]:
-    """Raises PretrainedError where there is no such file (empty if that is optional) or no JSON object in it."""
+    """The JSON object in a file, empty where the file is `optional` and missing. Raises PretrainedError."""
     if optional and not file.is_file():
         return {}
     try:
@@ -46,9 +46,10 @@ def read_json(file: Path, optional: bool = False) -> dict[str, Any]:
 def load_hub_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a hub folder. Special tokens written in a text become their ids.
 
-    It puts `bos_token` before a text where tokenizer_config.json says `add_bos_token`, even if tokenizer.json has no
-    rule for it, as with DeepSeek: transformers 4 added one then, 5 goes by tokenizer.json alone. Otherwise it adds
-    nothing of its own. Raises PretrainedError where tokenizer.json is missing or broken; a tokenizer.model is not read.
+    It puts `bos_token` before a text where tokenizer_config.json has `add_bos_token`, even if tokenizer.json has no
+    rule for it, as with DeepSeek. (transformers 4 did so, too; 5 follows tokenizer.json alone.) Apart from that it adds
+    only what tokenizer.json says. Raises PretrainedError where tokenizer.json is missing or broken; a tokenizer.model
+    is not read.
     """
     file, settings = Path(folder) / TOKENIZER, read_json(Path(folder) / TOKENIZER_CONFIG, optional=True)
     if not file.is_file():
@@ -57,7 +58,7 @@ def load_hub_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
         raise PretrainedError(f"{file} is not a tokenizer file ({error}): download it again") from None
-    tokenizer.no_padding()  # which a file may ask for, and transformers does not do by itself
+    tokenizer.no_padding()  # a file may ask for both, and transformers does neither unless it is told to
     tokenizer.no_truncation()
     bos = settings.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
@@ -73,7 +74,7 @@ def load_hub_tokenizer(folder: Path) -> Tokenizer:
 
 
 def stop_tokens(path: Path) -> tuple[int, ...]:
-    """The tokens after which a published model has finished: none for a run of ours, which ends at <|endoftext|>."""
+    """The tokens that end a text of a published model; none for a run of ours, whose texts end at <|endoftext|>."""
     if not is_hub_folder(path):
         return ()
     settings = read_json(path / CONFIG) | read_json(path / GENERATION_CONFIG, optional=True)
@@ -93,11 +94,11 @@ class Stored(NamedTuple):
         return f"{self.dtype} {self.shape} in {self.file}"
 
 
-class Checkpoint:
-    """The tensors of a folder by the names that its model has for them, read one at a time.
+class HubTensors:
+    """The tensors of a hub folder by their published names, read one at a time.
 
-    A quantised tensor stands in several parts in the file; here it has one name and one shape like the others.
-    Raises PretrainedError for parts that do not belong together.
+    A quantised tensor is stored in several parts; here it has one name and one shape like the others. Raises
+    PretrainedError for parts that do not belong together.
     """
 
     def __init__(self, folder: Path, quantization: dict[str, Any] | None, stack: ExitStack):
@@ -129,7 +130,7 @@ class Checkpoint:
                 yield name, part.shape
 
     def check_mxfp4(self, name: str) -> None:
-        """Raises PretrainedError where blocks (E, out, n, 16) and scales (E, out, n) of bytes are not what is there."""
+        """Raises PretrainedError unless there are blocks (E, out, n, 16) and scales (E, out, n), both in bytes."""
         blocks, scales = self.parts.get(name + "_blocks"), self.parts.get(name + "_scales")
         if None in (blocks, scales):
             there, missing = ("blocks", "scales") if blocks else ("scales", "blocks")
@@ -138,7 +139,7 @@ class Checkpoint:
             raise PretrainedError(f"{name}_blocks ({blocks}) and {name}_scales ({scales}) are not MXFP4")
 
     def check_fp8(self, name: str) -> None:
-        """Raises PretrainedError where `name` is no matrix in float8 with a scale for each block."""
+        """Raises PretrainedError unless `name` is a matrix in float8 with a scale for each block."""
         weight, scales = self.parts.get(name), self.parts[name + "_scale_inv"]
         if weight is None:
             raise PretrainedError(f"{name}_scale_inv ({scales}) has no {name}")
@@ -157,11 +158,11 @@ class Checkpoint:
         raise PretrainedError(f"{name} ({part}) is not read{lacks}: take the same model in bf16")
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """What a tensor is stored in; bf16 for a quantised one."""
+        """The dtype of a stored tensor; bf16 for a quantised one."""
         return DTYPES.get(self.parts[name].dtype, torch.bfloat16)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor; `dtype` is what a quantised one is expanded to, others come as they are."""
+        """One tensor. A quantised one is expanded to `dtype`, others are returned as they are stored."""
         if name + "_blocks" in self.parts:
             return dequantize_mxfp4(self.stored(name + "_blocks"), self.stored(name + "_scales"), dtype)
         if name + "_scale_inv" in self.parts:
@@ -173,7 +174,7 @@ class Checkpoint:
 
 
 def check_quantization(folder: Path, quantization: Any) -> tuple[int, int]:
-    """The block size of FP8; raises PretrainedError for weights in a form that is not expanded here."""
+    """The block size of FP8; raises PretrainedError for a quantisation that is not read here."""
     settings = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
     method, blocks = settings.get("quant_method"), settings.get("weight_block_size")
     sized = isinstance(blocks, list) and len(blocks) == 2 and all(isinstance(n, int) and n > 0 for n in blocks)

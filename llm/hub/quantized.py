@@ -1,4 +1,4 @@
-"""Weights as they are published in 4 and 8 bits, turned back into numbers that one can train with.
+"""Weights that are published in 4 and 8 bits, expanded into a dtype that can be trained.
 
     MXFP4 (GPT-OSS)      w = sign x {0, 0.5, 1, 1.5, 2, 3, 4, 6} x 2^(scale - 127)    one scale for 32 neighbours
     FP8 (DeepSeek-V3)    w = float8 x scale                                         one scale for 128 x 128 weights
@@ -15,8 +15,8 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """blocks (E, out, n, 16) and scales (E, out, n), both uint8 -> (E, in, out) in `dtype`, with in = 32 n.
 
-    A byte holds two weights, the earlier in its low half. GPT-OSS multiplies from the other side than nn.Linear does,
-    so its matrices are transposed, as they are in an unquantised checkpoint. One expert is expanded at a time.
+    A byte holds two weights, the first in its low half. GPT-OSS computes x W where nn.Linear computes x W^T, so its
+    matrices are transposed, as they are in an unquantised checkpoint. One expert is expanded at a time.
     """
     n_experts, n_out = blocks.shape[:2]
     values = torch.tensor(FP4_VALUES, dtype=dtype, device=blocks.device)

@@ -1,7 +1,9 @@
-"""How a model of ours and its published checkpoint say the same thing: two tables in the model's file, read both ways.
+"""How a model of ours and its published checkpoint correspond: tables of tensors and of fields, read both ways.
 
-Weights. A row is (ours, theirs, operation): what a tensor is called here, what it is called there, and what turns
-theirs into ours. Export runs the same rows backwards.
+The tables of each family stand in llm/hub/maps/. This file says what they mean and applies them.
+
+Tensors. A row is (ours, theirs, operation): the name of a tensor here, its name there, and the operation that turns
+theirs into ours. Export applies the same rows backwards.
 
     ("blocks.{layer}.mixer.*", "model.layers.{layer}.self_attn.*", same)
     ("blocks.{layer}.mixer.o_proj.weight", "h.{layer}.attn.c_proj.weight", transpose)
@@ -12,20 +14,19 @@ theirs into ours. Export runs the same rows backwards.
       "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"), join(2))
 
 `{layer}` is a number and `*` any text, the same on both sides. `[{expert}]` takes slices of our tensor, one for each
-expert: experts that lie stacked here and one by one there need no more than that, and no memory beyond one of them.
-A row serves the tensors that the model has: without biases, with a tied head or in a dense layer it finds nothing to
-do, so a table has no conditions. Where several rows fit a tensor, the first whose names the checkpoint holds is taken:
-that is how two layouts of one model are both read. Export takes the first row, so rows with `*` come last.
+expert. So experts that are stacked here and separate there are copied one at a time, without memory for a second stack.
+A row applies to the tensors that the model has. In a model without biases, with a tied head or with dense layers some
+rows apply to nothing, so a table needs no conditions. Where several rows fit a tensor, the first whose names are in the
+checkpoint is taken: this reads checkpoints in two layouts. Export takes the first row, so rows with `*` come last.
 
-Configuration. A field is (ours, theirs, default): the name here, the name in config.json, and what transformers takes
-where config.json leaves it out; a default that is a string names another field of ours. `required` lists what
-config.json may say where the model knows one way only, `ignored` what has no effect on it. `read` takes out of
-config.json what needs more than a name (RoPE: llm/modules/position_encoding/rope_settings.py) and `write` puts it back.
-A value of another kind than its default is an error. So is anything else in config.json that is not null, false or
-empty: it could change the result unseen.
+Fields. A field is (ours, theirs, default): the name here, the name in config.json, and the value that transformers
+takes where config.json has none; a default that is a string names another field of ours. `required` lists fields of
+theirs for which the model implements one value only, `ignored` fields that do not affect it. `read` converts what needs
+more than a name (for RoPE see rope.py), and `write` converts it back. A value of another kind than its default is an
+error. So is any unknown field in config.json that is not null, false or empty, since it may change the result.
 
-To add a model: put `published = Published(...)` on its class (llm/models/llama.py is the shortest example), and add it
-to MODELS. `load_pretrained`, `export_pretrained` and the errors of both follow from the tables.
+To add a model: write its `Published` in llm/hub/maps/ (llama.py is the shortest example) and list it in PUBLISHED.
+`load_pretrained` and `export_pretrained` then work.
 """
 
 import json
@@ -45,13 +46,13 @@ class PretrainedError(ValueError):
 
 @dataclass(frozen=True)
 class Operation:
-    """`load` turns their tensors of a row into ours, `save` ours into theirs: each undoes the other."""
+    """`load` turns their tensors of a row into ours, `save` ours into theirs; one is the inverse of the other."""
 
     load: Callable[[Tensors], Tensors]
     save: Callable[[Tensors], Tensors]
 
     def then(self, other: "Operation") -> "Operation":
-        """In loading first this one, then the other."""
+        """Loading applies this operation first and then the other; saving the other way round."""
         return Operation(lambda theirs: other.load(self.load(theirs)), lambda ours: self.save(other.save(ours)))
 
 
@@ -61,7 +62,7 @@ transpose = Operation(lambda theirs: [x.mT for x in theirs], lambda ours: [x.mT 
 
 
 def split(n: int, dim: int = 0) -> Operation:
-    """One tensor of theirs holds n of ours, equally large, one after the other along `dim`."""
+    """One tensor of theirs holds n of ours of equal size, one after the other along `dim`."""
     return Operation(lambda theirs: theirs[0].chunk(n, dim), lambda ours: [cat(list(ours), dim)])
 
 
@@ -72,7 +73,7 @@ def join(n: int, dim: int = 0) -> Operation:
 
 
 def deinterleave(dim: int) -> Operation:
-    """Theirs alternates along `dim` (< 0), g0 u0 g1 u1 ..; ours has g0 g1 .. and then u0 u1 .. (GPT-OSS)."""
+    """Theirs alternates along `dim` (< 0): g0 u0 g1 u1 ..; ours is g0 g1 .. u0 u1 .. (GPT-OSS)."""
     return Operation(
         lambda theirs: [x.unflatten(dim, (-1, 2)).transpose(dim, dim - 1).flatten(dim - 1, dim) for x in theirs],
         lambda ours: [x.unflatten(dim, (2, -1)).transpose(dim, dim - 1).flatten(dim - 1, dim) for x in ours],
@@ -84,7 +85,7 @@ Row = tuple[Names, Names, Operation]
 
 
 class Step(NamedTuple):
-    """A row with its blanks filled in: `ours` are names and, for a slice of the first axis, its number."""
+    """A row with all its placeholders filled in. `ours` are names, each with the index of its slice or None."""
 
     ours: list[tuple[str, int | None]]
     theirs: list[str]
@@ -92,9 +93,9 @@ class Step(NamedTuple):
 
 
 def plan(rows: Sequence[Row], tensors: Mapping[str, Tensor], available: Collection[str] = ()) -> list[Step]:
-    """What to do for each of our `tensors`, given the names that a checkpoint holds; for export, `available` is empty.
+    """The steps that fill all of our `tensors` from a checkpoint with the names `available`; for export that is empty.
 
-    Raises PretrainedError for a tensor of ours that no row knows: the table is not complete.
+    Raises PretrainedError for a tensor of ours that no row names: the table is not complete.
     """
     steps, planned = [], set()
     for name in tensors:
@@ -111,7 +112,7 @@ def plan(rows: Sequence[Row], tensors: Mapping[str, Tensor], available: Collecti
 
 
 def fill_in(row: Row, name: str, tensors: Mapping[str, Tensor]) -> Iterator[Step]:
-    """The steps of a row that serve our tensor `name`: none, one, or one for each slice."""
+    """The steps that a row gives for our tensor `name`: none, one, or one for each slice."""
     ours, theirs, operation = row
     ours, theirs = as_tuple(ours), as_tuple(theirs)
     sliced = any(template.endswith(SLICE) for template in ours)
@@ -120,8 +121,8 @@ def fill_in(row: Row, name: str, tensors: Mapping[str, Tensor]) -> Iterator[Step
     if match is None:
         return
     for expert in range(len(tensors[name])) if sliced else (None,):
-        blanks = {**match.groupdict(), "expert": expert}
-        yield Step([(write_in(t, blanks), expert) for t in bare], [write_in(t, blanks) for t in theirs], operation)
+        values = {**match.groupdict(), "expert": expert}
+        yield Step([(write_in(t, values), expert) for t in bare], [write_in(t, values) for t in theirs], operation)
 
 
 def parts(tensors: Mapping[str, Tensor], step: Step) -> list[Tensor]:
@@ -137,50 +138,50 @@ def as_tuple(names: Names) -> tuple[str, ...]:
 
 
 def pattern(template: str) -> re.Pattern:
-    """`{layer}` matches a number, `*` what is left."""
+    """The regular expression of a template: `{layer}` matches a number, `*` any text."""
     text = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\*", "(?P<rest>.+)")
     return re.compile(text)
 
 
-def write_in(template: str, blanks: Mapping[str, Any]) -> str:
-    return template.format(**blanks).replace("*", blanks.get("rest", "*"))
+def write_in(template: str, values: Mapping[str, Any]) -> str:
+    return template.format(**values).replace("*", values.get("rest", "*"))
 
 
 @dataclass(frozen=True)
 class Published:
-    """How transformers holds a model: the two tables of the module's docstring."""
+    """How transformers stores a model: the two tables of the module's docstring."""
 
     model_type: str
-    """As in config.json."""
+    """The model_type in config.json."""
     architecture: str
     """The class of transformers that opens what `export_pretrained` writes."""
     names: tuple[Row, ...]
     fields: tuple[tuple[str, str, Any], ...]
     required: Mapping[str, tuple] = field(default_factory=dict)
-    """Their field -> the values that mean what our model does. The first is what transformers takes where it is left
-    out, as export does. A list in config.json must hold nothing else than these values."""
+    """Their field -> the values for which our model is right. The first is what transformers takes where the field is
+    left out, as export does. Each item of a list in config.json must be one of these values."""
     nullable: frozenset[str] = frozenset()
-    """Their fields that may be null, although what transformers takes where they are left out is not."""
+    """Their fields that may be null although their default is not."""
     heads_divide_width: bool = False
     """Whether transformers refuses a hidden_size that is no multiple of num_attention_heads, whatever head_dim is."""
     ignored: frozenset[str] = frozenset()
-    """Their fields that change nothing here, beside those that change nothing anywhere (IRRELEVANT)."""
+    """Their fields that do not affect this model, beside those that affect no model (IRRELEVANT)."""
     ignored_weights: Callable[[Mapping[str, Any]], str] = lambda config: ""
-    """Their config -> regular expression of tensors that may be there and are not needed, such as stored masks."""
+    """Their config -> regular expression of tensors that may be there but are not needed, such as stored masks."""
     read: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda left, ours: {}
-    """(what is left of their config, our fields so far) -> more fields of ours; takes what it used out of the first."""
+    """(their fields not read yet, our fields so far) -> more fields of ours; removes what it reads from the first."""
     write: Callable[[Any], dict[str, Any]] = lambda config: {}
-    """The inverse: our config -> fields of theirs, which win over those of `fields`."""
+    """The inverse: our config -> fields of theirs, which take precedence over those of `fields`."""
 
 
-# No logit depends on these: transformers reads none of them in the forward of a model here.
+# No logit depends on these fields: transformers reads none of them in the forward pass of the models here.
 IRRELEVANT = re.compile(
-    # what training and bookkeeping need, and where a text begins and ends
+    # training, bookkeeping, and the tokens that begin and end a text
     r"_.*|architectures|auto_map|model_type|quantization_config|transformers_version|torch_dtype|dtype|name_or_path|"
     r".*_token_id|tokenizer_class|initializer_range|use_cache|pretraining_tp|id2label|label2id|task_specific_params|"
     r"attention_dropout|hidden_dropout|output_(router_logits|attentions|hidden_states|scores)|router_aux_loss_coef|"
     r"return_dict(_in_generate)?|gradient_checkpointing|attn_implementation|num_labels|problem_type|finetuning_task|"
-    # how to sample, which today stands in generation_config.json
+    # sampling, which today has a file of its own, generation_config.json
     r"do_sample|temperature|top_[kp]|typical_p|(min|max)(_new)?_(length|tokens)|(repetition|length|diversity)_penalty|"
     r"(encoder_)?no_repeat_ngram_size|num_(beams|beam_groups|return_sequences)|early_stopping|"
     # notes of other programs: nanotron, unsloth, transformers.js, the first LLaMA conversions
@@ -191,7 +192,7 @@ IRRELEVANT = re.compile(
 def read_config(published: Published, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of our config that a config.json asks for.
 
-    Raises PretrainedError for a value that our model has no counterpart of, and for a field that it does not know.
+    Raises PretrainedError for a value that our model cannot have, and for a field that is not known.
     """
     left, ours = dict(config), {}
     for name, their_name, default in published.fields:
@@ -218,7 +219,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: 
 
 
 def check_kind(name: str, value: Any, kind: type = int, nullable: bool = False) -> None:
-    """Raises PretrainedError for another kind of value; null passes where it means something here."""
+    """Raises PretrainedError for a value of another kind; null is allowed where it is `nullable`."""
     allowed = (int, float) if kind is float else kind
     fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
     if not fits and not (value is None and nullable):
@@ -233,7 +234,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def require(name: str, value: Any, allowed: Collection) -> None:
-    """Raises PretrainedError where `value`, or an item of it if it is a list, is none of the allowed ones."""
+    """Raises PretrainedError where `value`, or an item of it if it is a list, is not allowed."""
     for item in value if isinstance(value, list) else [value]:
         if item not in allowed:
             choices = " or ".join(map(repr, allowed))
@@ -241,7 +242,7 @@ def require(name: str, value: Any, allowed: Collection) -> None:
 
 
 def write_config(published: Published, config: Any) -> dict[str, Any]:
-    """The config.json that `read_config` reads back to `config`, without what belongs to tokenizer and weights.
+    """The config.json that `read_config` reads back to `config`, without the fields of tokenizer and weights.
 
     Raises PretrainedError where transformers would not open it.
     """

@@ -1,84 +1,86 @@
-"""Every model by name: tests, scripts and tables go through this dict."""
+"""Every model by name: tests, scripts and tables go through this dict. A model's config is its `Config`."""
 
-from llm.models.alibi import ALiBiConfig, ALiBiDecoder
-from llm.models.attention_sink import AttentionSink, AttentionSinkConfig
-from llm.models.baseline import Baseline, BaselineConfig
-from llm.models.big_bird import BigBird, BigBirdConfig
-from llm.models.deepseek import DeepseekV2, DeepseekV2Config, DeepseekV3, DeepseekV3Config
-from llm.models.flash_attention import FlashAttentionConfig, FlashAttentionDecoder
-from llm.models.gated_attention import GatedAttentionConfig, GatedAttentionDecoder
-from llm.models.gemma import Gemma2, Gemma2Config, Gemma3, Gemma3Config
-from llm.models.gpt2 import GPT2, GPT2Config
-from llm.models.gpt_oss import GPTOSS, GPTOSSConfig
-from llm.models.grouped_query import GroupedQuery, GroupedQueryConfig
-from llm.models.latent import Latent, LatentConfig
-from llm.models.layer_norm import LayerNormConfig, LayerNormDecoder
-from llm.models.learned_position import LearnedPositionConfig, LearnedPositionDecoder
-from llm.models.llama import Llama, LlamaConfig
-from llm.models.loss_free_balancing import LossFreeBalancing, LossFreeBalancingConfig
-from llm.models.mistral import Mistral, MistralConfig
-from llm.models.mixtral import Mixtral, MixtralConfig
-from llm.models.mixture_of_experts import MixtureOfExperts, MixtureOfExpertsConfig
-from llm.models.multi_query import MultiQuery, MultiQueryConfig
-from llm.models.nope import NoPEConfig, NoPEDecoder
-from llm.models.olmo2 import OLMo2, OLMo2Config
-from llm.models.output_norm import OutputNorm, OutputNormConfig
-from llm.models.parallel_block import ParallelBlockConfig, ParallelBlockDecoder
-from llm.models.post_norm import PostNorm, PostNormConfig
-from llm.models.qk_norm import QKNormConfig, QKNormDecoder
-from llm.models.qwen3 import Qwen2, Qwen2Config, Qwen3, Qwen3Config
-from llm.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
-from llm.models.relative_position import RelativePositionConfig, RelativePositionDecoder
-from llm.models.rope import RoPEConfig, RoPEDecoder
-from llm.models.sandwich_norm import SandwichNorm, SandwichNormConfig
-from llm.models.sliding_window import SlidingWindow, SlidingWindowConfig
-from llm.models.soft_capping import SoftCapping, SoftCappingConfig
-from llm.models.sparse import Sparse, SparseConfig
-from llm.models.streaming import Streaming, StreamingConfig
-from llm.models.swiglu import SwiGLUConfig, SwiGLUDecoder
-from llm.models.switch_transformer import SwitchTransformer, SwitchTransformerConfig
-from llm.models.t5_bias import T5BiasConfig, T5BiasDecoder
+from llm.models.alibi import ALiBiDecoder
+from llm.models.attention_sink import AttentionSink
+from llm.models.baseline import Baseline
+from llm.models.big_bird import BigBird
+from llm.models.case_studies.deepseek_v2 import DeepseekV2
+from llm.models.case_studies.deepseek_v3 import DeepseekV3
+from llm.models.case_studies.gemma import Gemma2, Gemma3
+from llm.models.case_studies.gpt2 import GPT2
+from llm.models.case_studies.gpt_oss import GPTOSS
+from llm.models.case_studies.llama import Llama
+from llm.models.case_studies.mistral import Mistral
+from llm.models.case_studies.mixtral import Mixtral
+from llm.models.case_studies.olmo2 import OLMo2
+from llm.models.case_studies.qwen3 import Qwen2, Qwen3
+from llm.models.case_studies.qwen3_moe import Qwen3MoE
+from llm.models.flash_attention import FlashAttentionDecoder
+from llm.models.gated_attention import GatedAttentionDecoder
+from llm.models.grouped_query import GroupedQuery
+from llm.models.latent import Latent
+from llm.models.layer_norm import LayerNormDecoder
+from llm.models.learned_position import LearnedPositionDecoder
+from llm.models.loss_free_balancing import LossFreeBalancing
+from llm.models.mixture_of_experts import MixtureOfExperts
+from llm.models.multi_query import MultiQuery
+from llm.models.nope import NoPEDecoder
+from llm.models.output_norm import OutputNorm
+from llm.models.parallel_block import ParallelBlockDecoder
+from llm.models.post_norm import PostNorm
+from llm.models.qk_norm import QKNormDecoder
+from llm.models.relative_position import RelativePositionDecoder
+from llm.models.rope import RoPEDecoder
+from llm.models.sandwich_norm import SandwichNorm
+from llm.models.sliding_window import SlidingWindow
+from llm.models.soft_capping import SoftCapping
+from llm.models.sparse import Sparse
+from llm.models.streaming import Streaming
+from llm.models.swiglu import SwiGLUDecoder
+from llm.models.switch_transformer import SwitchTransformer
+from llm.models.t5_bias import T5BiasDecoder
+from llm.models.transformer import Transformer
 
-MODELS = {
-    "baseline": (Baseline, BaselineConfig),
-    "learned_position": (LearnedPositionDecoder, LearnedPositionConfig),
-    "relative_position": (RelativePositionDecoder, RelativePositionConfig),
-    "t5_bias": (T5BiasDecoder, T5BiasConfig),
-    "rope": (RoPEDecoder, RoPEConfig),
-    "alibi": (ALiBiDecoder, ALiBiConfig),
-    "nope": (NoPEDecoder, NoPEConfig),
-    "layer_norm": (LayerNormDecoder, LayerNormConfig),
-    "post_norm": (PostNorm, PostNormConfig),
-    "sandwich_norm": (SandwichNorm, SandwichNormConfig),
-    "output_norm": (OutputNorm, OutputNormConfig),
-    "parallel_block": (ParallelBlockDecoder, ParallelBlockConfig),
-    "qk_norm": (QKNormDecoder, QKNormConfig),
-    "multi_query": (MultiQuery, MultiQueryConfig),
-    "grouped_query": (GroupedQuery, GroupedQueryConfig),
-    "sliding_window": (SlidingWindow, SlidingWindowConfig),
-    "sparse": (Sparse, SparseConfig),
-    "big_bird": (BigBird, BigBirdConfig),
-    "attention_sink": (AttentionSink, AttentionSinkConfig),
-    "streaming": (Streaming, StreamingConfig),
-    "soft_capping": (SoftCapping, SoftCappingConfig),
-    "gated_attention": (GatedAttentionDecoder, GatedAttentionConfig),
-    "latent": (Latent, LatentConfig),
-    "flash_attention": (FlashAttentionDecoder, FlashAttentionConfig),
-    "swiglu": (SwiGLUDecoder, SwiGLUConfig),
-    "switch_transformer": (SwitchTransformer, SwitchTransformerConfig),
-    "mixture_of_experts": (MixtureOfExperts, MixtureOfExpertsConfig),
-    "loss_free_balancing": (LossFreeBalancing, LossFreeBalancingConfig),
-    "gpt2": (GPT2, GPT2Config),
-    "llama": (Llama, LlamaConfig),
-    "mistral": (Mistral, MistralConfig),
-    "qwen2": (Qwen2, Qwen2Config),
-    "qwen3": (Qwen3, Qwen3Config),
-    "olmo2": (OLMo2, OLMo2Config),
-    "gemma2": (Gemma2, Gemma2Config),
-    "gemma3": (Gemma3, Gemma3Config),
-    "deepseek_v2": (DeepseekV2, DeepseekV2Config),
-    "deepseek_v3": (DeepseekV3, DeepseekV3Config),
-    "mixtral": (Mixtral, MixtralConfig),
-    "qwen3_moe": (Qwen3MoE, Qwen3MoEConfig),
-    "gpt_oss": (GPTOSS, GPTOSSConfig),
+MODELS: dict[str, type[Transformer]] = {
+    "baseline": Baseline,
+    "learned_position": LearnedPositionDecoder,
+    "relative_position": RelativePositionDecoder,
+    "t5_bias": T5BiasDecoder,
+    "rope": RoPEDecoder,
+    "alibi": ALiBiDecoder,
+    "nope": NoPEDecoder,
+    "layer_norm": LayerNormDecoder,
+    "post_norm": PostNorm,
+    "sandwich_norm": SandwichNorm,
+    "output_norm": OutputNorm,
+    "parallel_block": ParallelBlockDecoder,
+    "qk_norm": QKNormDecoder,
+    "multi_query": MultiQuery,
+    "grouped_query": GroupedQuery,
+    "sliding_window": SlidingWindow,
+    "sparse": Sparse,
+    "big_bird": BigBird,
+    "attention_sink": AttentionSink,
+    "streaming": Streaming,
+    "soft_capping": SoftCapping,
+    "gated_attention": GatedAttentionDecoder,
+    "latent": Latent,
+    "flash_attention": FlashAttentionDecoder,
+    "swiglu": SwiGLUDecoder,
+    "switch_transformer": SwitchTransformer,
+    "mixture_of_experts": MixtureOfExperts,
+    "loss_free_balancing": LossFreeBalancing,
+    "gpt2": GPT2,
+    "llama": Llama,
+    "mistral": Mistral,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "olmo2": OLMo2,
+    "gemma2": Gemma2,
+    "gemma3": Gemma3,
+    "deepseek_v2": DeepseekV2,
+    "deepseek_v3": DeepseekV3,
+    "mixtral": Mixtral,
+    "qwen3_moe": Qwen3MoE,
+    "gpt_oss": GPTOSS,
 }

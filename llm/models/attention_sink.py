@@ -5,28 +5,12 @@
 gpt-oss-120b & gpt-oss-20b Model Card, arXiv 2508.10925. Blog: Attention, attention sinks.
 """
 
-from dataclasses import dataclass
+from torch import nn
 
-from torch import Tensor
-
-from llm.config import DecoderConfig
-from llm.models.transformer import Transformer
+from llm.models.baseline import Baseline
 from llm.modules.attention.sinks import SinkAttention
-from llm.modules.blocks import Block
-from llm.modules.ffn.mlp import MLP
-from llm.modules.position_encoding.sinusoidal import add_sinusoidal
 
 
-@dataclass(frozen=True)
-class AttentionSinkConfig(DecoderConfig):
-    """The baseline's sizes and one number more in each head."""
-
-
-class AttentionSink(Transformer):
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return add_sinusoidal(self.tok_embed(tokens), positions)
-
-    def make_block(self, layer: int) -> Block:
-        c = self.config
-        attention = SinkAttention(d_model=c.d_model, n_heads=c.n_heads)
-        return Block(attention, MLP(c.d_model, c.d_ff), self.make_norm)
+class AttentionSink(Baseline):
+    def make_mixer(self, layer: int) -> nn.Module:
+        return SinkAttention(d_model=self.config.d_model, n_heads=self.config.n_heads)

@@ -8,27 +8,12 @@ Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context, arXiv 1
 Blog: Position encoding, relative.
 """
 
-from dataclasses import dataclass
+from torch import nn
 
-from torch import Tensor
-
-from llm.config import DecoderConfig
-from llm.models.transformer import Transformer
-from llm.modules.blocks import Block
-from llm.modules.ffn.mlp import MLP
+from llm.models.nope import NoPEDecoder
 from llm.modules.position_encoding.relative import RelativeAttention
 
 
-@dataclass(frozen=True)
-class RelativePositionConfig(DecoderConfig):
-    """The baseline's sizes; each layer has one more matrix, which projects distances."""
-
-
-class RelativePositionDecoder(Transformer):
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.tok_embed(tokens) * self.config.d_model**0.5
-
-    def make_block(self, layer: int) -> Block:
-        c = self.config
-        attention = RelativeAttention(d_model=c.d_model, n_heads=c.n_heads)
-        return Block(attention, MLP(c.d_model, c.d_ff), self.make_norm)
+class RelativePositionDecoder(NoPEDecoder):
+    def make_mixer(self, layer: int) -> nn.Module:
+        return RelativeAttention(d_model=self.config.d_model, n_heads=self.config.n_heads)

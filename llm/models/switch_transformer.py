@@ -10,48 +10,36 @@ Blog: FFN and MoE, Switch.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import nn
 
-from llm.config import DecoderConfig, check_positive
-from llm.models.transformer import Transformer
-from llm.modules.attention.multi_head import MultiHeadAttention
-from llm.modules.blocks import Block
+from llm.config import check_positive
+from llm.models.baseline import Baseline
 from llm.modules.ffn.moe import MoE, PlainExperts
 from llm.modules.ffn.switch import SwitchRouter
-from llm.modules.position_encoding.sinusoidal import add_sinusoidal
 
 
-@dataclass(frozen=True)
-class SwitchTransformerConfig(DecoderConfig):
-    n_experts: int = 8
-    """Experts in each layer, d_ff wide; each token goes to one of them."""
-    capacity_factor: float = 2.0
-    """In training, an expert takes this times its even share of a sequence's tokens, and drops the rest."""
-    aux_loss_coef: float = 0.01
-    """Weight of the loss that balances the load of the experts."""
-    z_loss_coef: float = 0.001
-    """Weight of the loss that keeps the router's logits small."""
+class SwitchTransformer(Baseline):
+    @dataclass(frozen=True)
+    class Config(Baseline.Config):
+        """The baseline's sizes; `d_ff` is the width of each expert."""
 
-    small: ClassVar[dict[str, Any]] = {**DecoderConfig.small, "n_experts": 4}
+        n_experts: int = 8
+        """Experts in each layer, d_ff wide; each token goes to one of them."""
+        capacity_factor: float = 2.0
+        """In training, an expert takes this times its even share of a sequence's tokens, and drops the rest."""
+        aux_loss_coef: float = 0.01
+        """Weight of the loss that balances the load of the experts."""
+        z_loss_coef: float = 0.001
+        """Weight of the loss that keeps the router's logits small."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(self, "n_experts")
-        check_positive(self, "capacity_factor")
+        small: ClassVar[dict[str, Any]] = {**Baseline.Config.small, "n_experts": 4}
 
+        def __post_init__(self):
+            super().__post_init__()
+            check_positive(self, "n_experts", "capacity_factor")
 
-class SwitchTransformer(Transformer):
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return add_sinusoidal(self.tok_embed(tokens), positions)
-
-    def make_block(self, layer: int) -> Block:
+    def make_ffn(self, layer: int) -> nn.Module:
         c = self.config
-        attention = MultiHeadAttention(d_model=c.d_model, n_heads=c.n_heads)
-        router = SwitchRouter(
-            c.d_model,
-            c.n_experts,
-            capacity_factor=c.capacity_factor,
-            aux_loss_coef=c.aux_loss_coef,
-            z_loss_coef=c.z_loss_coef,
-        )
-        return Block(attention, MoE(router, PlainExperts(c.d_model, c.d_ff, c.n_experts)), self.make_norm)
+        losses = {"aux_loss_coef": c.aux_loss_coef, "z_loss_coef": c.z_loss_coef}
+        router = SwitchRouter(c.d_model, c.n_experts, capacity_factor=c.capacity_factor, **losses)
+        return MoE(router, PlainExperts(c.d_model, c.d_ff, c.n_experts))

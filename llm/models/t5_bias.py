@@ -8,32 +8,24 @@ Transformer, arXiv 1910.10683. Blog: Position encoding, relative.
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import nn
 
-from llm.config import DecoderConfig
-from llm.models.transformer import Transformer
+from llm.models.nope import NoPEDecoder
 from llm.modules.attention.multi_head import MultiHeadAttention
-from llm.modules.blocks import Block
-from llm.modules.ffn.mlp import MLP
 from llm.modules.position_encoding.t5_bias import T5Bias
 
 
-@dataclass(frozen=True)
-class T5BiasConfig(DecoderConfig):
-    """The baseline's sizes and the buckets."""
+class T5BiasDecoder(NoPEDecoder):
+    @dataclass(frozen=True)
+    class Config(NoPEDecoder.Config):
+        """The baseline's sizes and the buckets."""
 
-    n_buckets: int = 32
-    """Distances that are told apart; the nearer half one by one."""
-    max_distance: int = 128
-    """All distances from here on share the last bucket."""
+        n_buckets: int = 32
+        """Buckets of distances; half of them hold one distance each."""
+        max_distance: int = 128
+        """All distances from here on share the last bucket."""
 
-
-class T5BiasDecoder(Transformer):
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.tok_embed(tokens) * self.config.d_model**0.5
-
-    def make_block(self, layer: int) -> Block:
+    def make_mixer(self, layer: int) -> nn.Module:
         c = self.config
         bias = T5Bias(c.n_heads, c.n_buckets, c.max_distance)
-        attention = MultiHeadAttention(d_model=c.d_model, n_heads=c.n_heads, score_bias=bias, scale=1.0)
-        return Block(attention, MLP(c.d_model, c.d_ff), self.make_norm)
+        return MultiHeadAttention(d_model=c.d_model, n_heads=c.n_heads, score_bias=bias, scale=1.0)

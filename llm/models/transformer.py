@@ -2,35 +2,38 @@
 
     x = embed(tokens)        x = block_l(x) for l = 1..L        logits = norm(x) W_head
 
-A model subclasses `Transformer` and overrides the step it changes: `make_block` always, the others where its idea needs
-it. Blog: Overview.
+A model subclasses `Transformer` and overrides the step that its paper changes. Its `Config`, a frozen dataclass, holds
+its sizes. Blog: Overview.
 """
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.config import ModelConfig
-from llm.modules.cache import Cache, room
-from llm.modules.cross_entropy import linear_cross_entropy
-from llm.modules.ffn.balance import balance_experts, count_choices, expert_metrics
+from llm.modules.cache import Cache, slots_for
 from llm.modules.initialization import initialize
+from llm.modules.kernels.cross_entropy import linear_cross_entropy
 from llm.modules.norms import RMSNorm
-
-Sampler = Callable[[Tensor], Tensor]
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model without its blocks.
+    """A decoder-only language model; a subclass makes its blocks.
 
     Tokens are int64 (B, T); logits (B, T, vocab_size). With a cache, each call continues the text of the one before.
+
+    Any submodule may define these methods, and the model calls them: `pop_loss() -> Tensor | None` in `loss`,
+    `after_step()` after an optimiser step, and `metrics() -> dict` for the log.
     """
 
+    Config = ModelConfig
+    embedding_std: ClassVar[float] = 0.02
+    """Standard deviation of the token embedding at the start."""
     training_only: ClassVar[tuple[str, ...]] = ()
-    """Parts that serve the loss in training and nothing else: they count as parameters, not as work for a token."""
+    """Attributes that only training uses: their parameters are not active, and their FLOPs are not counted."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -40,32 +43,37 @@ class Transformer(nn.Module):
         self.norm = self.make_norm()
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        initialize(self, config.initialization, config.n_layers, config.embedding_std)
+        initialize(self, config.initialization, config.n_layers, self.embedding_std)
 
     def make_block(self, layer: int) -> nn.Module:
-        """The block at depth `layer`: its `mixer` takes (x, positions, cache), its `ffn` takes x."""
+        """The block at depth `layer`. Its `mixer`, mostly attention, takes (x, positions, cache); its `ffn` takes x."""
         raise NotImplementedError(f"{type(self).__name__} must say what its blocks are made of: define make_block")
 
     def make_norm(self) -> nn.Module:
-        """The norm before the head, and what `make_block` hands to its blocks."""
+        """A new norm layer: one stands before the head, others in each block."""
         return RMSNorm(self.config.d_model, self.config.norm_eps)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens (B, T) at positions (T,) or (B, T) -> (B, T, D)."""
         return self.tok_embed(tokens)
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """(B, T) -> (B, T, D): the residual stream after the last block, before the final norm."""
-        if cache is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
-            layers = self.share([None] * len(self.blocks))
-        else:
-            positions, layers = cache.positions(tokens.shape[1]), cache.layers
-        x = self.embed(tokens, positions)
+    def run_blocks(self, x: Tensor, positions: Tensor, layers: list[dict | None], tokens: Tensor) -> Tensor:
+        """Run the residual stream x (B, T, D) through all blocks. `layers` holds the cache of each block, or None. A
+        model whose blocks read more than the stream overrides this."""
         for block, layer_cache in zip(self.blocks, layers, strict=True):
             x = block(x, positions, layer_cache)
+        return x
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """(B, T) -> (B, T, D): the residual stream after the last block, before the final norm."""
+        n_tokens = tokens.shape[1]
+        if cache is None:
+            positions, layers = torch.arange(n_tokens, device=tokens.device), [None] * len(self.blocks)
+        else:
+            positions, layers = cache.positions(n_tokens), cache.layers
+        x = self.run_blocks(self.embed(tokens, positions), positions, layers, tokens)
         if cache is not None:
-            cache.seen += tokens.shape[1]
+            cache.seen += n_tokens
         return x
 
     def unembed(self, x: Tensor) -> Tensor:
@@ -73,7 +81,7 @@ class Transformer(nn.Module):
         return F.linear(self.norm(x), self.head_weight())
 
     def head_weight(self) -> Tensor:
-        """(V, D): the token embedding where it is tied, else a matrix of its own. Tied by use: there is one tensor."""
+        """(V, D): the token embedding, used a second time, where the head is tied to it; else a matrix of its own."""
         return self.tok_embed.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -81,72 +89,76 @@ class Transformer(nn.Module):
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Windows (B, T + 1) -> the mean loss to minimise and its parts: `ce`, the cross-entropy in nats per token, and
-        `aux`, what routers add in training to balance their experts (0 without experts)."""
+        `aux`, the sum of what modules add in training (0 where none does)."""
         x, targets = self.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
         if type(self).unembed is Transformer.unembed:
             ce = linear_cross_entropy(self.norm(x), self.head_weight(), targets)
-        else:  # logits that are not just a product are made as the model says
+        else:  # the model does more to its logits than one product
             ce = F.cross_entropy(self.unembed(x).float(), targets)
-        parts = self.pop_aux_losses()
-        if not parts:  # not `ce + 0`: compiled, that would be the detached ce, without a gradient
-            return ce, {"ce": ce.detach(), "aux": ce.new_zeros(())}
-        aux = sum(parts)
-        return ce + aux, {"ce": ce.detach(), "aux": aux.detach()}
+        return self.with_aux(ce, self.pop_losses())
 
-    def pop_aux_losses(self) -> list[Tensor]:
-        """Right after a forward: take the `aux_loss` that routers left behind in training, and let them count what they
-        chose. What checkpointing recomputes later stays uncounted; an `aux_loss` left behind would break deepcopy."""
-        count_choices(self)
-        left = []
-        for module in self.modules():
-            if (loss := getattr(module, "aux_loss", None)) is not None:
-                left.append(loss)
-                module.aux_loss = None
-        return left
+    def with_aux(self, ce: Tensor, aux: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, which is the cross-entropy plus the sum of `aux`, and its parts."""
+        if not aux:  # torch.compile turns `ce + 0` into the detached ce, without a gradient
+            return ce, {"ce": ce.detach(), "aux": ce.new_zeros(())}
+        total = sum(aux)
+        return ce + total, {"ce": ce.detach(), "aux": total.detach()}
+
+    def pop_losses(self) -> list[Tensor]:
+        """The auxiliary losses of the last forward pass; taking them clears them."""
+        losses = [module.pop_loss() for module in self.offering("pop_loss")]
+        return [loss for loss in losses if loss is not None]
 
     def after_step(self) -> None:
-        """Called after each optimiser step, on every rank: what a model changes outside the gradient."""
-        balance_experts(self)
-        self.pop_aux_losses()
+        """Called after each optimiser step, on every rank: runs the updates that have no gradient."""
+        for module in self.offering("after_step"):
+            module.after_step()
 
-    def metrics(self) -> dict[str, float | list[float]]:
-        """What a model tells about its last step, after `after_step`; here how busy its experts were, if it has any."""
-        return expert_metrics(self)
+    def metrics(self) -> dict[str, Any]:
+        """Metrics of the last step. `name` maps to a list with one value for each module; where that value is itself a
+        list, `name/i` is the list of module i."""
+        found: dict[str, list] = {}
+        for module in self.offering("metrics"):
+            for name, value in module.metrics().items():
+                found.setdefault(name, []).append(value)
+        lists = {name for name, values in found.items() if isinstance(values[0], list)}
+        numbered = {f"{name}/{i}": value for name in lists for i, value in enumerate(found[name])}
+        return numbered | {name: values for name, values in found.items() if name not in lists}
+
+    def offering(self, method: str) -> list[nn.Module]:
+        """The modules inside the model that have this method, in the order of the layers."""
+        return [module for module in self.modules() if module is not self and hasattr(module, method)]
 
     def make_cache(self, batch_size: int, length: int, padding: Tensor | int = 0) -> Cache:
         """An empty cache for `length` tokens; `padding` says by how many tokens each prompt is padded on the left."""
         device = self.tok_embed.weight.device
         seen = torch.zeros(batch_size, dtype=torch.int64, device=device) - padding
-        return Cache(seen, self.share([block.mixer.make_cache(batch_size, length) for block in self.blocks]))
-
-    def share(self, layers: list) -> list:
-        """One cache entry a layer; a model whose layers share keys hands the same entry to several."""
-        return layers
+        return Cache(seen, [block.mixer.make_cache(batch_size, length) for block in self.blocks])
 
     @torch.inference_mode()
     def generate(
-        self, tokens: Tensor, max_new_tokens: int, sampler: Sampler, padding: Tensor | int = 0
+        self, tokens: Tensor, max_new_tokens: int, sampler: Callable[[Tensor], Tensor], padding: Tensor | int = 0
     ) -> Iterator[Tensor]:
         """Continue prompts (B, T), left-padded by `padding` (B,) tokens; yields the next token of each, (B,).
 
         `sampler` turns logits (B, V) into tokens (B,). Ends after `max_new_tokens`, or when max_seq_len is full.
         """
         length, limit = tokens.shape[1], self.config.max_seq_len
-        n_slots = room(length, limit)
+        n_slots = slots_for(length, limit)
         cache = self.make_cache(len(tokens), n_slots, padding)
         for n in range(length, min(length + max_new_tokens, limit)):
             if n > n_slots:
-                n_slots = room(n, limit)
-                cache = self.make_cache(len(tokens), n_slots).take_over(cache)
+                n_slots = slots_for(n, limit)
+                cache = self.make_cache(len(tokens), n_slots).copy_from(cache)
             step = self.next_logits if n == length else self.decode
             tokens = sampler(step(tokens, cache))[:, None]
             yield tokens[:, 0]
 
     def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Tokens (B, T) that continue what is in the cache -> logits of the one after the last, (B, V)."""
+        """Tokens (B, T) that continue what is in the cache -> logits of the token after the last, (B, V)."""
         return self.unembed(self.hidden(tokens, cache)[:, -1])
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """The same for one token of each text, (B, 1): the step that generation repeats. Shapes stay as they are for
-        many steps, so it is worth compiling: `compile_decoding` in llm/generate.py."""
+        """`next_logits` for one token of each text, (B, 1): the step that generation repeats. Its shapes stay the same
+        for many steps, so `compile_decoding` in llm/generate/compile.py compiles it."""
         return self.next_logits(tokens, cache)

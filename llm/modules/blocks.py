@@ -1,6 +1,6 @@
 """How a mixer, a feed-forward layer and their norms are wired around the residual stream.
 
-    pre-norm         x + f(norm(x))              the stream itself is never touched: its gradient reaches every layer
+    pre-norm         x + f(norm(x))              the stream is never normalised: its gradient reaches every layer
     post-norm        norm(x + f(x))              the original Transformer: each layer rescales stream and gradient
     output norm      x + norm(f(x))              OLMo 2: no layer can add more than its gain
     sandwich norm    x + norm'(f(norm(x)))       Gemma 2 to 4: both
@@ -33,8 +33,8 @@ class Block(nn.Module):
 class PostNormBlock(Block):
     """Normalise the stream after each addition. Attention Is All You Need, arXiv 1706.03762, section 3.1.
 
-    What leaves the last block is normalised already, so its model needs no final norm. Gradients near the output are
-    large at the start: it wants a longer warm-up than the other blocks (arXiv 2002.04745).
+    The output of the last block is normalised already, so the model needs no final norm. Gradients near the output are
+    large at the start, so it needs a longer warm-up than the other blocks (arXiv 2002.04745).
     """
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
@@ -67,7 +67,7 @@ class SandwichBlock(Block):
 
 
 class ParallelBlock(nn.Module):
-    """Mixer and feed-forward layer side by side on one normalised input, so that their products can be fused.
+    """Mixer and feed-forward layer read the same normalised input, so that their products can be fused.
 
     PaLM: Scaling Language Modeling with Pathways, arXiv 2204.02311, section 2; first in GPT-J.
     """

@@ -1,11 +1,13 @@
-"""What a model remembers between two calls, so that each new token costs one token's work.
+"""The key-value cache: what a model keeps between two calls, so that old tokens are not recomputed.
 
-Every mixer owns one dict of tensors, batch first and slots on axis 1, and changes it in place. `pos` holds the position
-in each slot and -1 where it is empty; token p lies in slot p % n_slots, so a cache shorter than the text is a ring that
-keeps the newest. Comparing positions hides empty, evicted, future and padded keys alike, hence shapes never change.
+Every mixer owns one dict of tensors and changes it in place. Keys and values are stored batch first, slots on axis 1.
+`pos` holds the position of each slot's token, and -1 in an empty slot. Token p is stored in slot p % n_slots, so a
+cache shorter than the text is a ring that keeps the newest tokens. Masks compare positions, which hides empty, future
+and padded slots alike, so shapes change only where a cache is replaced by a longer one.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +15,20 @@ from torch import Tensor
 
 @dataclass
 class Cache:
-    """`seen`: (B,) int64, the position of the next token, -n before a prompt left-padded by n.
+    """`seen`: (B,) int64, the position of the next token; it starts at -n for a prompt left-padded by n tokens.
     `layers`: one dict for each mixer."""
 
     seen: Tensor
     layers: list[dict[str, Tensor]]
 
     def positions(self, n_tokens: int) -> Tensor:
-        """(B, T): where the next `n_tokens` tokens stand."""
+        """(B, T): the positions of the next `n_tokens` tokens."""
         return self.seen[:, None] + torch.arange(n_tokens, device=self.seen.device)
 
-    def take_over(self, shorter: "Cache") -> "Cache":
-        """Go on where a shorter cache of the same texts was full: token p keeps its slot. A ring as long as before, or
-        a state without slots, is taken over whole."""
+    def copy_from(self, shorter: "Cache") -> "Cache":
+        """Continue the texts of a shorter cache that is full. Token p keeps its slot. Tensors of the same length, such
+        as
+        a ring or a recurrent state, are copied whole."""
         self.seen.copy_(shorter.seen)
         for layer, old in zip(self.layers, shorter.layers, strict=True):
             for name in old:
@@ -33,21 +36,33 @@ class Cache:
         return self
 
 
+class Places(NamedTuple):
+    """Positions of the queries and the keys of one attention.
+
+    `q` (T,) or (B, T) and `k` (S,) or (B, S) are positions, negative for padding and empty slots. `whole_text`: queries
+    and keys are the tokens 0..T-1 of one text, as in training, so a kernel knows the mask without reading positions.
+    """
+
+    q: Tensor
+    k: Tensor
+    whole_text: bool = False
+
+
 STEP = 128
 
 
-def room(n_tokens: int, limit: int) -> int:
-    """Slots to make for a text that is `n_tokens` long so far: a cache grows by 128 at a time, up to `limit`.
+def slots_for(n_tokens: int, limit: int) -> int:
+    """How many slots to allocate for a text of `n_tokens` so far: the next multiple of 128, at most `limit`.
 
-    Attention reads all slots, the empty ones too: too many cost time, and every other number costs a compilation.
+    Attention reads empty slots too, so too many cost time; with too few the cache would be replaced often.
     """
     return min(-(-n_tokens // STEP) * STEP, limit)
 
 
-def slots(batch_size: int, n_slots: int, like: Tensor, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+def empty_slots(batch_size: int, n_slots: int, like: Tensor, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """An empty layer: a zero tensor (B, n_slots, *shape) for each name, of `like`'s dtype and device, and `pos`.
 
-    In memory the slots of a head lie side by side, (B, H, n_slots, D), as products of matrices read them.
+    In memory the slots of one head are adjacent, (B, H, n_slots, D), which is the order in which products read them.
     """
     empty = {
         name: like.new_zeros(batch_size, *heads, n_slots, width).movedim(-2, 1)
@@ -56,16 +71,15 @@ def slots(batch_size: int, n_slots: int, like: Tensor, **shapes: tuple[int, ...]
     return empty | {"pos": torch.full((batch_size, n_slots), -1, device=like.device)}
 
 
-def remember(cache: dict[str, Tensor] | None, positions: Tensor, **new: Tensor) -> tuple[Tensor, ...]:
-    """Store `new` (B, T, ...) at `positions`; returns what there is to attend to, (B, S, ...) each, and its positions.
+def store(cache: dict[str, Tensor] | None, positions: Tensor, **new: Tensor) -> tuple[Tensor, ...]:
+    """Store `new` tensors (B, T, ...) at `positions`; returns what the queries attend to, (B, S, ...) each, and Places.
 
-    Without a cache that is `new` itself. One token is written first and then sees the slots. Several see the old slots
-    and their own keys: writing first would evict what the earlier of them still see.
+    Without a cache, the queries attend to `new` itself. With one, a single token is written first and then attends to
+    the slots. Several tokens attend to the old slots and to their own keys: in a ring, writing first
+    could overwrite keys that the first of them still see.
     """
-    if positions.dim() == 1:
-        if cache is not None:  # lent by a model whose layers share keys
-            cache.update(new, pos=positions)
-        return *new.values(), positions
+    if cache is None:
+        return *new.values(), Places(positions, positions, whole_text=positions.dim() == 1)
     new["pos"] = positions
     n_slots = cache["pos"].shape[1]
     slot = positions[:, -n_slots:] % n_slots  # consecutive positions, so all different
@@ -75,4 +89,5 @@ def remember(cache: dict[str, Tensor] | None, positions: Tensor, **new: Tensor) 
         attended = {name: torch.cat([cache[name], new[name]], 1) for name in new}
     for name in new:
         cache[name][row, slot] = new[name][:, -n_slots:].to(cache[name].dtype)
-    return tuple(attended[name] for name in new)
+    *tensors, k_pos = (attended[name] for name in new)
+    return *tensors, Places(positions, k_pos)

@@ -10,19 +10,21 @@ Standard deviations, with L = n_layers and a matrix that turns `in` channels int
 | kaiming          | sqrt(2 / in)         | sqrt(2 / in)                   | a normal distribution                    |
 | zero_output      | 0.02                 | 0                              | a normal distribution                    |
 
-In every scheme: `embedding_std` of the config for the token embedding, which is 1 / sqrt(d_model) in the ladder, whose
-streams begin with sqrt(d_model) times the embedding as in Attention Is All You Need, and 0.02 elsewhere; 0.02 for a
-head of its own, routers and whatever else has two axes or more and is no `.._proj`; 0 for biases; gains and other
-vectors keep the values that their modules set. Stacked experts (E, out, in) are E matrices.
+In every scheme, the token embedding has the model's `embedding_std`: 1 / sqrt(d_model) in `Baseline`, whose residual
+stream starts as sqrt(d_model) times the embedding, as in Attention Is All You Need, and 0.02 elsewhere. An untied
+head, routers and other parameters with two axes or more have 0.02, biases are 0, and gains and other vectors keep the
+values that their modules set. Stacked experts (E, out, in) are E matrices. A module may define
+`init_weights(scheme, n_layers)` to initialise itself; then the table leaves its parameters alone.
 
-o_proj and down_proj write to the residual stream, 2 L times in all: a factor of 1 / sqrt(2 L) keeps the sum as large as
-one of them, and zero makes every block the identity at the start.
+o_proj and down_proj write to the residual stream, 2 L times in all. A factor of 1 / sqrt(2 L) keeps their sum as large
+as one of them; zero makes every block the identity at the start.
 
-normal: Language Models are Unsupervised Multitask Learners (GPT-2), section 2.3. truncated_normal: a product of unit
-inputs has unit variance, as in Efficient BackProp (LeCun et al., 1998), with GPT-2's factor. xavier: Understanding the
-difficulty of training deep feedforward neural networks (Glorot and Bengio, 2010), a compromise between the forward and
-the backward pass. kaiming: Delving Deep into Rectifiers, arXiv 1502.01852, doubled since ReLU halves the variance.
-zero_output: the part of Fixup, arXiv 1901.09321, that a model with norms can use. Blog: Initialization.
+normal: Language Models are Unsupervised Multitask Learners (GPT-2), section 2.3. truncated_normal: inputs of unit
+variance give outputs of unit variance, as in Efficient BackProp (LeCun et al., 1998), with GPT-2's factor. xavier:
+Understanding the difficulty of training deep feedforward neural networks (Glorot and Bengio, 2010), a compromise
+between the forward and the backward pass. kaiming: Delving Deep into Rectifiers, arXiv 1502.01852, with twice the
+variance since ReLU halves it. zero_output: the part of Fixup, arXiv 1901.09321, that a model with norms can use.
+Blog: Initialization.
 """
 
 from collections.abc import Callable
@@ -64,14 +66,21 @@ SCHEMES: dict[str, Callable[[Tensor, bool, int], None]] = {
 
 @torch.no_grad()
 def initialize(model: nn.Module, scheme: str, n_layers: int, embedding_std: float = 0.02) -> None:
-    """Draw the parameters of `model` in place from the global generator, kind by kind as in the table above.
+    """Draw the parameters of `model` in place from the global generator: `init_weights` first, then the table.
 
-    Raises ValueError for a scheme that is not in it.
+    Raises ValueError for a scheme that the table does not have.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"initialization = {scheme!r} must be one of {', '.join(SCHEMES)} (--model.initialization)")
+    drawn = set()
+    for module in model.modules():
+        if hasattr(module, "init_weights"):
+            module.init_weights(scheme, n_layers)
+            drawn |= set(module.parameters())
     for name, parameter in model.named_parameters():
         path = name.split(".")
+        if parameter in drawn:
+            continue
         if path[-1] == "bias" or path[-1].endswith("_proj_bias"):
             nn.init.zeros_(parameter)
         elif parameter.dim() >= 2 and any(part.endswith("_proj") for part in path):

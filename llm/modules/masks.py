@@ -1,120 +1,205 @@
-"""Which keys a query may see, as a predicate on positions.
+"""Masks: which keys a query may see, as a predicate on positions.
 
-A predicate takes query positions (.., T, 1) and key positions (.., 1, S) and returns booleans (.., T, S): True where
-the query attends to the key. One that never shows a later key says so by its `reach`: how many tokens lie between a
-query and the farthest key that it may see, both counted. What cannot be said with positions is a mixer of its own.
+| mask                 | query i sees key j <= i where                    | paper                                   |
+|----------------------|--------------------------------------------------|-----------------------------------------|
+| Causal               | always                                           | Attention Is All You Need, 1706.03762   |
+| Window(n)            | i - j < n                                        | Longformer, 2004.05150; Mistral         |
+| Dilated(n, gap)      | i - j < n gap, and gap divides i - j             | Longformer, 2004.05150                  |
+| Strided(s)           | s divides i - j                                  | Sparse Transformer, 1904.10509, strided |
+| OwnBlock(s)          | j // s = i // s                                  | Sparse Transformer, fixed, part 1       |
+| Summaries(s, c)      | j mod s >= s - c, or j = i                       | Sparse Transformer, fixed, part 2       |
+| FirstAndWindow(k, n) | j < k, or i - j < n                              | StreamingLLM, 2309.17453                |
+| BigBird(..)          | attention/big_bird.py                            | Big Bird, 2007.14062                    |
+| Everything           | always, and j > i as well                        | encoders, diffusion models              |
+
+Masks are frozen dataclasses: two windows of equal size are ==, so they share a compiled kernel.
 Blog: Attention, sparse attention.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-Visible = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Mask:
+    """The base class. `reach`: tokens from a query back to the farthest key that it may see, both counted."""
+
+    looks_back: ClassVar[bool] = True
+    """Whether no query sees a later key."""
+
+    @property
+    def reach(self) -> float:
+        """A cache needs no more slots than this."""
+        return math.inf
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """Positions (.., T, 1) and (.., 1, S) -> booleans (.., T, S): True where the query sees the key."""
+        raise NotImplementedError(f"{type(self).__name__} must say which keys a query sees: define visible")
 
 
-def causal(q_pos: Tensor, k_pos: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Causal(Mask):
     """A query sees itself and what came before."""
-    return k_pos <= q_pos
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return k_pos <= q_pos
 
 
-causal.reach = math.inf
+@dataclass(frozen=True)
+class Window(Mask):
+    """A query sees the last `size` tokens, itself among them."""
+
+    size: int
+
+    def __post_init__(self):
+        check_positive(self, "size")
+
+    @property
+    def reach(self) -> int:
+        return self.size
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (k_pos <= q_pos) & (q_pos - k_pos < self.size)
 
 
-def window(size: int) -> Visible:
-    """A query sees the last `size` tokens, itself among them. Longformer, 2004.05150; Mistral 7B, 2310.06825."""
-    if size < 1:
-        raise ValueError(f"window_size = {size} must be at least 1: the window counts the current token")
+@dataclass(frozen=True)
+class Dilated(Mask):
+    """A window with holes: a query sees `size` tokens, itself and every `gap`-th before."""
 
-    def visible(q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return (k_pos <= q_pos) & (q_pos - k_pos < size)
+    size: int
+    gap: int
 
-    visible.reach = size  # a cache needs no more slots than this
-    return visible
+    def __post_init__(self):
+        check_positive(self, "size", "gap")
 
+    @property
+    def reach(self) -> int:
+        return (self.size - 1) * self.gap + 1
 
-def dilated(size: int, gap: int) -> Visible:
-    """A window with holes: a query sees `size` tokens, itself and every `gap`-th before. Longformer, 2004.05150."""
-    if size < 1 or gap < 1:
-        raise ValueError(f"window_size = {size} and gap = {gap} must be at least 1: gap 1 is a window without holes")
-
-    def visible(q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         distance = q_pos - k_pos
-        return (distance >= 0) & (distance < size * gap) & (distance % gap == 0)
-
-    visible.reach = (size - 1) * gap + 1
-    return visible
+        return (distance >= 0) & (distance < self.size * self.gap) & (distance % self.gap == 0)
 
 
-def strided(stride: int) -> Visible:
-    """A query sees itself and every `stride`-th token before it, back to the first. In the Sparse Transformer
-    (1904.10509) it alternates with window(stride + 1): two hops of about sqrt(T) keys reach every token."""
-    check_stride(stride)
+@dataclass(frozen=True)
+class Strided(Mask):
+    """A query sees itself and every `stride`-th token before it, back to the first.
 
-    def visible(q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return (k_pos <= q_pos) & ((q_pos - k_pos) % stride == 0)
-
-    visible.reach = math.inf
-    return visible
-
-
-def own_block(stride: int) -> Visible:
-    """A query sees what its block of `stride` tokens holds up to itself. Sparse Transformer, "fixed", first half."""
-    check_stride(stride)
-
-    def visible(q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return (k_pos <= q_pos) & (k_pos // stride == q_pos // stride)
-
-    visible.reach = stride
-    return visible
-
-
-def summaries(stride: int, n_summary: int) -> Visible:
-    """A query sees the last `n_summary` tokens of every block, which summarise it. "Fixed", second half.
-
-    It sees itself, too: else the first tokens of a text would see nothing, and a softmax over no keys has no value.
+    The Sparse Transformer alternates it with Window(stride + 1). With a stride of about sqrt(T), two layers reach every
+    token.
     """
-    check_stride(stride)
-    if not 1 <= n_summary <= stride:
-        raise ValueError(f"n_summary = {n_summary} must lie between 1 and stride = {stride} (--model.n-summary)")
 
-    def visible(q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return (k_pos <= q_pos) & ((k_pos % stride >= stride - n_summary) | (k_pos == q_pos))
+    stride: int
 
-    visible.reach = math.inf
-    return visible
+    def __post_init__(self):
+        check_positive(self, "stride")
 
-
-def first_and_window(n_first: int, size: int) -> Visible:
-    """The first `n_first` tokens of the text beside a window of `size`. StreamingLLM, 2309.17453."""
-    if n_first < 0:
-        raise ValueError(f"n_first = {n_first} must not be negative: it counts tokens (--model.n-first)")
-    recent = window(size)
-
-    def visible(q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return recent(q_pos, k_pos) | (k_pos < n_first) & (k_pos <= q_pos)
-
-    visible.reach = math.inf
-    return visible
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (k_pos <= q_pos) & ((q_pos - k_pos) % self.stride == 0)
 
 
-def check_stride(stride: int) -> None:
-    if stride < 1:
-        raise ValueError(f"stride = {stride} must be at least 1: it counts tokens (--model.stride)")
+@dataclass(frozen=True)
+class OwnBlock(Mask):
+    """A query sees the tokens of its own block of `stride` tokens, up to itself."""
+
+    stride: int
+
+    def __post_init__(self):
+        check_positive(self, "stride")
+
+    @property
+    def reach(self) -> int:
+        return self.stride
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (k_pos <= q_pos) & (k_pos // self.stride == q_pos // self.stride)
 
 
-def everything(q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """Every query sees every key, the later ones too: encoders and diffusion models."""
-    return (k_pos == k_pos) & (q_pos == q_pos)
+@dataclass(frozen=True)
+class Summaries(Mask):
+    """A query sees the last `n_summary` tokens of every block of `stride` tokens, which summarise the block.
+
+    It also sees itself: the first tokens of a text would otherwise see nothing, and a softmax over no keys is
+    undefined.
+    """
+
+    stride: int
+    n_summary: int
+
+    def __post_init__(self):
+        check_positive(self, "stride")
+        if not 1 <= self.n_summary <= self.stride:
+            raise ValueError(
+                f"n_summary = {self.n_summary} must lie between 1 and stride = {self.stride} (--model.n-summary)"
+            )
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (k_pos <= q_pos) & ((k_pos % self.stride >= self.stride - self.n_summary) | (k_pos == q_pos))
 
 
-def visibility(visible: Visible, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """Booleans that broadcast over heads, (T, S) or (B, 1, T, S), for positions (T,) and (S,) or (B, T) and (B, S).
+@dataclass(frozen=True)
+class FirstAndWindow(Mask):
+    """A query sees the first `n_first` tokens of the text, and the last `size` tokens."""
 
-    A negative position is padding or an empty slot of a cache: no query sees it. A query that is padding itself sees
-    everything, since a softmax over no keys has no value.
+    n_first: int
+    size: int
+
+    def __post_init__(self):
+        check_positive(self, "size")
+        if self.n_first < 0:
+            raise ValueError(f"n_first = {self.n_first} must not be negative: it counts tokens (--model.n-first)")
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (k_pos <= q_pos) & ((k_pos < self.n_first) | (q_pos - k_pos < self.size))
+
+
+@dataclass(frozen=True)
+class Everything(Mask):
+    """Every query sees every key, the later ones too."""
+
+    looks_back: ClassVar[bool] = False
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (k_pos == k_pos) & (q_pos == q_pos)
+
+
+causal, everything = Causal(), Everything()
+
+
+def check_positive(mask: Mask, *names: str) -> None:
+    """Raises ValueError for a field below 1, with the flag that sets it."""
+    for name in names:
+        if getattr(mask, name) < 1:
+            label = "window_size" if name == "size" else name
+            raise ValueError(
+                f"{label} = {getattr(mask, name)} must be at least 1: it counts tokens, the current one among them "
+                f"(--model.{label.replace('_', '-')})"
+            )
+
+
+def visibility(mask: Mask, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """The mask written out: positions (T,) and (S,) -> (T, S); (B, T) and (B, S) -> (B, 1, T, S). Booleans.
+
+    A negative position is padding or an empty slot of a cache, and no query sees it. A query that is padding itself
+    sees everything, since a softmax over no keys is undefined; its output is unused.
     """
     q, k = q_pos[..., :, None], k_pos[..., None, :]
-    mask = visible(q, k) & (k >= 0) | (q < 0)
-    return mask if mask.dim() == 2 else mask[:, None]
+    shown = mask.visible(q, k) & (k >= 0) | (q < 0)
+    return shown if shown.dim() == 2 else shown[:, None]
+
+
+@lru_cache
+def mean_keys(mask: Mask, context: int) -> float:
+    """How many keys a query sees, on average over the `context` positions of a text: what attention costs.
+
+    The mean is exact up to 4,096 tokens. Beyond, it is taken over evenly spaced queries, since the whole mask needs too
+    much memory.
+    """
+    n_queries = min(context, 2**24 // context)
+    queries = torch.linspace(0, context - 1, n_queries, dtype=torch.float64, device="cpu").round().long()
+    return visibility(mask, queries, torch.arange(context, device="cpu")).sum().item() / n_queries

@@ -1,10 +1,10 @@
-"""Multi-token prediction (MTP): learn to foresee tokens beyond the next one, so that each position teaches more.
+"""Multi-token prediction (MTP): predict tokens beyond the next one in training, so that each position teaches more.
 
     h_i^k = norm(block(W [norm(embed(t_(i+k))) | norm(h_i^(k-1))]))        logits of t_(i+k+1) = W_head h_i^k
 
-h^0 is what the model's head reads. Module k adds one known token to what module k - 1 made of the text up to i, and
-foresees the one after it: the chain of causes stays whole, unlike with independent heads (arXiv 2404.19737). Embedding
-and head are the model's own.
+h^0 is what the model's head reads. Module k combines h^(k-1) with the embedding of token i + k and predicts token
+i + k + 1. So each prediction depends on all tokens before it, which independent heads do not give (arXiv 2404.19737).
+Embedding and head are the model's own.
 
 DeepSeek-V3 Technical Report, arXiv 2412.19437, section 2.2. Blog: Case studies, DeepSeek.
 """

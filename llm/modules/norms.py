@@ -1,10 +1,10 @@
-"""Normalisation: keep the scale of activations under control, so that depth does not make them grow or vanish.
+"""Normalisation: keep the scale of activations constant, so that they neither grow nor vanish with depth.
 
     LayerNorm(x)            = (x - mean(x)) / sqrt(var(x) + eps) * w + b
     RMSNorm(x)              = x / sqrt(mean(x^2) + eps) * w
     ZeroCentredRMSNorm(x)   = x / sqrt(mean(x^2) + eps) * (1 + w)
 
-Means run over the last axis. Half precision is averaged in fp32: squares of bf16 numbers have three digits.
+Means are taken over the last axis. Half precision is averaged in fp32, since bf16 has only three decimal digits.
 Blog: Normalization, LayerNorm and RMSNorm.
 """
 
@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 class OnceRoundedRMSNorm(RMSNorm):
-    """RMSNorm that in half precision takes the product with the gain in fp32, too, as OLMo 2 and GPT-OSS do."""
+    """RMSNorm that also multiplies by the gain in fp32 before it rounds, as OLMo 2 and GPT-OSS do."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -56,9 +56,9 @@ class LayerNorm(nn.Module):
 class ZeroCentredRMSNorm(nn.Module):
     """RMSNorm whose gain is 1 + w: (.., dim) -> (.., dim), with w = 0 at the start.
 
-    Weight decay then pulls the gain to 1 instead of 0, and a small change of it survives rounding to bf16, whose
-    numbers lie densely around 0 and 1/128 apart above 1. Without decay it trains as RMSNorm does. The product is taken
-    in fp32 and rounded once. Gemma: Open Models Based on Gemini Research and Technology, arXiv 2403.08295.
+    Weight decay then pulls the gain to 1 instead of 0. A small change of w survives rounding to bf16, whose numbers are
+    dense around 0 and 1/128 apart above 1. Without decay it trains as RMSNorm does. The product is computed in fp32 and
+    rounded once. Gemma: Open Models Based on Gemini Research and Technology, arXiv 2403.08295.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5):

@@ -1,14 +1,17 @@
-"""What the machine offers: a device, the precision it multiplies fast, and whether compiling pays there."""
+"""The machine: which device computes, in which precision, and whether the loss is compiled."""
 
 import contextlib
 import ctypes
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from llm.config import TrainConfig
+from llm.generate.compile import wants_compiling
 
 # Dense bf16 peak in FLOP/s, from the makers' data sheets, by a part of the name that torch reports.
 PEAK_FLOPS = {
@@ -27,7 +30,7 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run computes. `compile` says whether the loss is compiled."""
+    """Where and how a run computes. `bf16`: autocast to it; `compile`: compile the loss."""
 
     device: torch.device
     bf16: bool
@@ -40,21 +43,33 @@ class Machine:
 
     @property
     def peak_flops(self) -> float | None:
-        """FLOP/s in bf16, where the device is one whose peak is known and the run uses bf16."""
+        """FLOP/s in bf16 where the run uses it and the device's peak is in the table above, else None."""
         known = (flops for part, flops in PEAK_FLOPS.items() if part in self.name)
         return next(known, None) if self.bf16 else None
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Matrix products in bf16, everything that needs range or precision in fp32."""
+        """Within this, matrix products are in bf16 if the run uses it; what needs range or precision stays in fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @property
     def precision(self) -> str:
-        """What matrix products are made in."""
+        """The dtype of matrix products, in words."""
         return "bf16 autocast" if self.bf16 else "fp32"
 
+    @property
+    def repeatable(self) -> str:
+        """How exactly a run repeats itself here, in words."""
+        known = {"cpu": "bitwise, with as many CPU threads", "cuda": "nearly, not bitwise"}
+        return known.get(self.device.type, "not promised")
+
+    def to_device(self, batch: Tensor) -> Tensor:
+        """A batch on this device. CUDA copies it while it computes, which takes memory that the system cannot move."""
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
+
     def peak_memory(self) -> int | None:
-        """The most bytes the run held so far: on the GPU, or of the whole process; None where nobody counts."""
+        """The most bytes held so far: on the GPU, or by the whole process; None where nobody counts them."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
@@ -69,12 +84,11 @@ def find_machine(config: TrainConfig, local_rank: int = 0) -> Machine:
     """Resolve `auto` in device, precision and compile. Raises ValueError for a device that cannot be used."""
     device = find_device(config.device, local_rank)
     bf16 = multiplies_bf16(device) if config.precision == "auto" else config.precision == "bf16"
-    compiles = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
-    return Machine(device, bf16, compiles)
+    return Machine(device, bf16, wants_compiling(config.compile, device))
 
 
 def find_device(wish: str = "auto", local_rank: int = 0) -> torch.device:
-    """auto: the GPU of this rank, else Apple's, else the CPU."""
+    """The device that is asked for; auto: the GPU of this rank, else Apple's, else the CPU. Raises ValueError."""
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", wish):
@@ -95,10 +109,19 @@ def find_device(wish: str = "auto", local_rank: int = 0) -> torch.device:
     return device
 
 
-def check_kernels(capability: tuple[int, int], built_for: list[str]) -> None:
-    """Raises ValueError where this torch was not built for the GPU, which would fail at its first kernel.
+def claim_gpu(local_rank: int, n_processes: int) -> bool:
+    """Make the GPU of this rank the current one. Returns whether each of this machine's processes has one."""
+    if torch.cuda.device_count() < n_processes:
+        return False
+    torch.cuda.set_device(local_rank)
+    return True
 
-    Code for sm_XY runs on the same major version and a minor of at least Y; compute_XY is translated for any later GPU.
+
+def check_kernels(capability: tuple[int, int], built_for: list[str]) -> None:
+    """Raises ValueError where this torch has no kernels for the GPU, instead of an error at the first kernel.
+
+    Code for sm_XY runs on GPUs of major version X and a minor version of at least Y; compute_XY is translated for any
+    later GPU.
     """
     built_for = [name for name in built_for if name.startswith(("sm_", "compute_"))]  # AMD's are called gfx90a, ..
     if not built_for:
@@ -117,7 +140,7 @@ def check_kernels(capability: tuple[int, int], built_for: list[str]) -> None:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are done by the hardware; elsewhere they are emulated, and slow."""
+    """Whether the hardware multiplies bf16; where it does not, bf16 is emulated and slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -125,19 +148,27 @@ def multiplies_bf16(device: torch.device) -> bool:
     return False
 
 
-def not_compiled(error: Exception) -> str:
-    """One line on why torch.compile failed: what its backend raised, without the pages that follow."""
-    error = getattr(error, "inner_exception", error)
-    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return f"not compiled: {type(error).__name__}: {reason[:200]}"
+def compile_loss(loss: Callable, tokens: Tensor) -> tuple[Callable, tuple[Tensor, dict[str, Tensor]]]:
+    """The compiled loss, and its result for `tokens`.
 
-
-def keep_freed_memory() -> bool:
-    """Ask the C library to keep freed memory for the next tensor. A training step on a CPU frees and takes the same
-    large tensors again and again; given back to the system each time, every page comes back to be zeroed anew.
-
-    Returns whether it was done: on Linux with glibc.
+    torch compiles the backward pass when it is first needed. Here it is compiled together with the forward pass, so
+    that an error of the compiler appears here and can be handled.
     """
+    from torch._functorch import config
+
+    compiled = torch.compile(loss)
+    with config.patch(force_non_lazy_backward_lowering=True):
+        return compiled, compiled(tokens)
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """On a CPU, tell the C library to keep freed memory for the next tensor; returns whether it did (Linux with glibc).
+
+    A training step frees and allocates the same large tensors again and again. Memory that is returned to the system
+    has to be filled with zeros before the process gets it back, which takes time in every step.
+    """
+    if device.type != "cpu":
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library

@@ -1,18 +1,19 @@
-"""Several processes, one a device, that act as one: each computes a share of the batch, and they average gradients.
+"""Several processes that train one model: each computes a share of the batch, and they average their gradients.
 
-`torchrun` starts the processes and tells each its rank through the environment; without it there is one rank.
+`torchrun` starts the processes and gives each its rank through the environment. Without it there is one rank.
 """
 
 import os
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, distributed
+
+from llm.training.device import claim_gpu
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is; `local_rank` counts on this machine."""
+    """The number of this process, of all processes, and of this process among those on its machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -20,7 +21,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> "Ranks":
-        """What torchrun put into the environment of this process."""
+        """The ranks that torchrun put into the environment of this process."""
         return cls(*(int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
 
     @property
@@ -36,7 +37,7 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Return when every rank has come here."""
+        """Return when every rank has called this."""
         if self.world_size > 1:
             distributed.barrier()
 
@@ -45,9 +46,7 @@ def join_ranks() -> Ranks:
     """Join the other processes that torchrun started: NCCL where every local process has a GPU, else gloo."""
     ranks = Ranks.current()
     if ranks.world_size > 1 and not distributed.is_initialized():
-        enough_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if enough_gpus:
-            torch.cuda.set_device(ranks.local_rank)  # NCCL's first barrier comes before the model
+        enough_gpus = claim_gpu(ranks.local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # NCCL asks which
         distributed.init_process_group("cuda:nccl,cpu:gloo" if enough_gpus else "gloo")
     return ranks
 

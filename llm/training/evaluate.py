@@ -2,7 +2,7 @@
 
     perplexity = exp(nats per token)        bits per byte = total nats / ln 2 / UTF-8 bytes of the targets
 
-Bits per byte do not depend on the tokenizer, so models with different vocabularies can be compared.
+Bits per byte do not depend on the tokenizer, so they compare models with different vocabularies.
 """
 
 import math
@@ -12,22 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.data import Data, eval_windows, token_bytes
-from llm.device import Machine
-from llm.distributed import Ranks
+from llm.data.files import Data, token_bytes
+from llm.data.windows import eval_windows
 from llm.models.transformer import Transformer
+from llm.training.device import Machine
+from llm.training.distributed import Ranks
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """`windows` (N, T + 1) int64 of the eval split; `n_bytes`: how many bytes of text their targets stand for."""
+    """`windows` (N, T + 1) int64 of the eval split; `n_bytes`: the bytes of text that their targets stand for."""
 
     windows: Tensor
     n_bytes: int
 
     @classmethod
     def of(cls, data: Data, seq_len: int, n_windows: int) -> "EvalSet":
-        """The eval split's windows of `seq_len` targets, `n_windows` of them spread evenly over it."""
+        """`n_windows` windows of `seq_len` targets, evenly spread over the eval split."""
         windows = eval_windows(data.eval, seq_len, n_windows)
         return cls(windows, int(token_bytes(data.tokenizer_path)[windows[:, 1:]].sum()))
 
@@ -38,7 +39,7 @@ def evaluate(
 ) -> dict[str, float]:
     """eval_loss (nats per token), eval_perplexity and eval_bits_per_byte. Each rank computes its share of the windows.
 
-    Objectives that draw random numbers draw the same ones each time: torch is seeded before every batch.
+    torch is seeded before every batch, so a loss that draws random numbers draws the same ones in each evaluation.
     """
     was_training = model.training
     model.eval()
@@ -58,5 +59,5 @@ def evaluate(
 
 
 def draw_seed(*place: int) -> int:
-    """A seed that is a fixed function of where it is used, so that nothing random has to be saved."""
+    """A seed that follows from where it is used, so that a resumed run needs no saved random state."""
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""From a command line to a checked configuration: every field of `TrainConfig` and of the model's config is a flag."""
+"""Read the command line of a training script: every field of `TrainConfig` and of the model's config is a flag."""
 
 import functools
 import re
@@ -12,38 +12,29 @@ import tyro
 from torch import OutOfMemoryError
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from llm.checkpoint import CheckpointError
 from llm.config import ModelConfig, TrainConfig
-from llm.data import Data
-from llm.distributed import Ranks, join_ranks, leave_ranks
-from llm.run_directory import RunDirectoryError
-from llm.tokenization import make_sample
+from llm.data.files import Data
+from llm.data.sample import make_sample
+from llm.training.checkpoint import CheckpointError
+from llm.training.distributed import Ranks, join_ranks, leave_ranks
+from llm.training.run_directory import RunDirectoryError
 
-SAMPLE = {
-    "data": Path("data/sample"),
-    "steps": 300,
-    "tokens_per_step": 4_096,
-    "micro_batch_size": 16,
-    "max_lr": 3e-3,
-    "min_lr": 3e-4,
-    "warmup_steps": 40,
-    "log_every": 5,
-    "eval_every": 100,
-    "eval_windows": 64,
-    "save_every": 100,
-}
+SAMPLE: dict[str, Any] = dict(data=Path("data/sample"), steps=300, tokens_per_step=4_096, micro_batch_size=16)
+SAMPLE |= dict(max_lr=3e-3, min_lr=3e-4, warmup_steps=40, log_every=5, eval_every=100, eval_windows=64, save_every=100)
+SAMPLE_HELP = "Train a small model on built-in stories: about two minutes on a laptop without a GPU."
+MENDABLE = (ValueError, FileNotFoundError, CheckpointError, RunDirectoryError, FloatingPointError, OutOfMemoryError)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line said."""
+    """The settings of a run, as the command line has them."""
 
     model: ModelConfig
     train: TrainConfig
     vocab_size_given: bool
 
     def model_for(self, data: Data) -> ModelConfig:
-        """The model's config with the vocabulary of the data. Raises ValueError where another one was asked for."""
+        """The model's config with the vocabulary size of the data. Raises ValueError where another one was given."""
         if self.vocab_size_given and self.model.vocab_size != data.vocab_size:
             raise ValueError(
                 f"vocab_size = {self.model.vocab_size}, but {data.folder} has {data.vocab_size} entries: "
@@ -53,10 +44,10 @@ class Settings:
 
 
 def parse_arguments(Config: type[ModelConfig], arguments: list[str] | None = None) -> Settings:
-    """Read the flags of a training script (default: the process's own).
+    """Read the flags of a training script (default: those of this process).
 
-    `--sample` changes the defaults to a small model and a short run on built-in stories, which it writes if need be;
-    every other flag still counts. Exits with help or a message where the flags are wrong.
+    `--sample` changes the defaults to a small model and a short run on built-in stories, which are written if they are
+    missing; other flags still override them. Exits with a message where a flag is wrong.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     sample = "--sample" in arguments
@@ -79,12 +70,9 @@ def parse_arguments(Config: type[ModelConfig], arguments: list[str] | None = Non
     return Settings(flags.model, flags.train, given)
 
 
-SAMPLE_HELP = "Train a small model on built-in stories: about two minutes on a laptop without a GPU."
-
-
 def command(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | None], Any]:
-    """Make `main` a command: join the ranks that torchrun started, leave them at the end, and turn the errors that a
-    user can mend into one line and exit status 2."""
+    """Make `main` a command. It joins the ranks that torchrun started and leaves them at the end. An error that a user
+    can mend is printed in one line, and the exit status is 2."""
 
     @functools.wraps(main)
     @record
@@ -92,14 +80,7 @@ def command(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | No
         join_ranks()
         try:
             return main(arguments)
-        except (
-            ValueError,
-            FileNotFoundError,
-            CheckpointError,
-            RunDirectoryError,
-            FloatingPointError,
-            OutOfMemoryError,
-        ) as error:
+        except MENDABLE as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
         finally:

@@ -10,14 +10,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from llm.config import TrainConfig
-from llm.device import Machine, not_compiled
-from llm.distributed import Ranks
-from llm.evaluate import draw_seed
+from llm.generate.compile import try_compiled
 from llm.models.transformer import Transformer
+from llm.training.device import Machine, compile_loss
+from llm.training.distributed import Ranks
+from llm.training.evaluate import draw_seed
 
 
 def share_out(config: TrainConfig, max_seq_len: int, world_size: int) -> tuple[int, int]:
-    """(windows in a step, windows in a micro-batch): the same step on any number of ranks.
+    """(windows in a step, windows in a micro-batch). A step has the same windows on any number of ranks.
 
     Raises ValueError where the sizes do not divide each other.
     """
@@ -42,44 +43,32 @@ def share_out(config: TrainConfig, max_seq_len: int, world_size: int) -> tuple[i
 
 
 class Objective(nn.Module):
-    """`model.loss` as a module, because DDP averages gradients for what its `forward` computed.
+    """`model.loss` as a module, since DDP averages the gradients of what its module's `forward` computed.
 
-    Compiled on request; where compiling fails and was not insisted on, the first call says why and goes on eagerly.
+    The first call compiles it if asked to. Where that fails and is not insisted on, one line says why, and the loss
+    stays uncompiled.
     """
 
     def __init__(self, model: Transformer, compiles: bool, insist: bool):
         super().__init__()
         self.model, self.loss = model, model.loss
-        self.to_compile, self.may_fall_back = compiles, compiles and not insist
+        self.to_compile, self.insist = compiles, insist
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        try:
-            if self.to_compile:
-                self.loss = torch.compile(self.model.loss)
-            with compiling_backward_at_once() if self.to_compile else contextlib.nullcontext():
-                result = self.loss(tokens)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if not self.may_fall_back:
-                raise
-            print(not_compiled(error), flush=True)
-            self.loss = self.model.loss
-            result = self.loss(tokens)
-        self.to_compile = self.may_fall_back = False
+        if not self.to_compile:
+            return self.loss(tokens)
+        self.to_compile = False
+        return try_compiled(lambda: self.compiled(tokens), lambda: self.loss(tokens), self.insist)
+
+    def compiled(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compile the loss for this and all later calls."""
+        self.loss, result = compile_loss(self.model.loss, tokens)
         return result
 
 
-def compiling_backward_at_once() -> contextlib.AbstractContextManager:
-    """torch compiles the backward when it is first needed; here with the forward, while a failure can be answered."""
-    from torch._functorch import config
-
-    return config.patch(force_non_lazy_backward_lowering=True)
-
-
 def recompute(model: Transformer) -> None:
-    """Let every block keep its input only: backward computes what lies inside it a second time. The peak is then one
-    block's activations instead of all blocks'. Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174."""
+    """Make every block keep its input only; the backward pass computes its activations again. So memory holds the
+    activations of one block instead of all. Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174."""
 
     def forward(block: nn.Module, *inputs):
         if torch.is_grad_enabled():
@@ -91,7 +80,7 @@ def recompute(model: Transformer) -> None:
 
 
 def make_objective(model: Transformer, config: TrainConfig, machine: Machine, ranks: Ranks) -> nn.Module:
-    """The objective of this rank; with several ranks, its gradients are averaged over them."""
+    """The objective of this rank; where there are several, its gradients are averaged over them."""
     if config.recompute:
         recompute(model)
     objective = Objective(model, machine.compile, config.compile == "on")
@@ -104,10 +93,11 @@ def compute_gradient(
     place: tuple[int, int],
     machine: Machine,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss to the parameters; returns the means of the loss's parts over this rank.
+    """Add the gradient of the mean loss to the parameters; returns the mean of each part of the loss on this rank.
 
-    `micro_batches`: (index in the global batch, windows). `place` is (seed, step): with the index it seeds what a
-    random objective draws, whichever rank computes it. Gradients travel between ranks once, with the last micro-batch.
+    `micro_batches` are (index in the global batch, windows). `place` is (seed, step). Both together seed the random
+    numbers of a micro-batch, so they do not depend on the rank that computes it. Ranks exchange gradients once, with
+    the last micro-batch.
     """
     share = 1 / len(micro_batches)
     means = {}

@@ -1,49 +1,55 @@
-"""What the first rank shows while a run trains, and writes into its run directory."""
+"""What the first rank prints while a run trains and writes into its run directory."""
 
 import math
 import os
 import shlex
 import sys
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
-from llm.accounting import describe, summary
-from llm.checkpoint import save_checkpoint
-from llm.generate import begin, write
-from llm.run_directory import RunDirectory, read_metrics
-from llm.tokenization import load_tokenizer
-
-if TYPE_CHECKING:
-    from llm.train import Training
+from llm.analysis.accounting import describe, summary
+from llm.config import TrainConfig
+from llm.data.files import Data, load_tokenizer
+from llm.generate.text import encode_prompt, write
+from llm.models.transformer import Transformer
+from llm.training.checkpoint import save_checkpoint
+from llm.training.device import Machine
+from llm.training.optim import MuonAndAdamW
+from llm.training.resume import Progress
+from llm.training.run_directory import RunDirectory, read_metrics
 
 PROMPT = "Once upon a time"
 
 
+@dataclass(eq=False, kw_only=True)
 class Journal:
-    """Progress bar, metrics, sample stories, curve and checkpoints of one run."""
+    """Progress bar, metrics, sample stories, curve and checkpoints of one run. `record` becomes its config.json."""
 
-    def __init__(self, training: "Training"):
-        self.training, self.model, self.config = training, training.model, training.config
-        self.machine = training.machine
-        self.tokenizer = load_tokenizer(training.data.tokenizer_path)
+    model: Transformer
+    optimizer: torch.optim.Optimizer | MuonAndAdamW
+    progress: Progress
+    config: TrainConfig
+    record: dict
+    data: Data
+    machine: Machine
+    world_size: int
+
+    def __post_init__(self):
+        config, machine = self.config, self.machine
+        self.tokenizer = load_tokenizer(self.data.tokenizer_path)
         costs = describe(self.model, self.model.config.max_seq_len)
-        self.record = training.record | {
-            "device": self.machine.name,
-            "precision": self.machine.precision,
-            "compiled": self.machine.compile,
-            "world_size": training.ranks.world_size,
-            "costs": costs,
-        }
-        step = training.progress.step
-        self.run = RunDirectory(self.config.out, self.record, wandb=self.config.wandb, resume_step=step)
+        where = {"device": machine.name, "precision": machine.precision, "compiled": machine.compile}
+        self.record = self.record | where | {"world_size": self.world_size, "costs": costs}
+        self.run = RunDirectory(config.out, self.record, wandb=config.wandb, resume_step=self.progress.step)
         self.flops_per_token = costs["training_flops_per_token"]
         self.story = ""
         self.introduce()
         self.bar = tqdm(
-            total=self.config.steps,
-            initial=step,
+            total=config.steps,
+            initial=self.progress.step,
             unit="step",
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,
@@ -51,28 +57,25 @@ class Journal:
         self.restart_clock()
 
     def introduce(self) -> None:
-        """Print what is about to be trained, on what, and where it goes."""
-        c, data = self.config, self.training.data
-        n_tokens = len(data.train)
+        """Print the model, the data, the budget, the machine and the run directory."""
+        c, n_tokens, done = self.config, len(self.data.train), self.progress.step
         budget = c.steps * c.tokens_per_step
         print(summary(self.model))
-        print(f"data        {data.folder}: {n_tokens:,} tokens, vocabulary {data.vocab_size:,}")
+        print(f"data        {self.data.folder}: {n_tokens:,} tokens, vocabulary {self.data.vocab_size:,}")
         print(f"budget      {c.steps:,} steps x {c.tokens_per_step:,} tokens = {budget / n_tokens:.1f} epochs")
         print(
             f"machine     {self.machine.name}, {self.machine.precision}{', compiled' if self.machine.compile else ''}"
         )
-        done = self.training.progress.step
-        same = {"cpu": "bitwise, with as many CPU threads", "cuda": "nearly, not bitwise"}
-        print(f"repeatable  {same.get(self.machine.device.type, 'not promised')}")
+        print(f"repeatable  {self.machine.repeatable}")
         print(f"run         {c.out}{f', going on after step {done}' if done else ''}", flush=True)
 
     def restart_clock(self) -> None:
-        """Measure speed from here: evaluations and checkpoints do not count."""
+        """Measure the speed of the steps from here, so that evaluations and checkpoints do not count."""
         self.clock, self.clock_steps = time.perf_counter(), 0
 
     def tick(self, report: dict[str, float], lr: float) -> None:
-        """A step is done: move the bar, and on a logged step write a line."""
-        step = self.training.progress.step
+        """After each step: move the bar, and write a line of metrics where one is due."""
+        step = self.progress.step
         self.clock_steps += 1
         rate = self.clock_steps * self.config.tokens_per_step / (time.perf_counter() - self.clock)
         shown = {"loss": f"{report['ce']:.3f}", "tokens/s": f"{rate:,.0f}"}
@@ -86,15 +89,15 @@ class Journal:
             self.run.log(step, tokens=tokens, lr=lr, tokens_per_second=rate, **values, **self.model.metrics())
 
     def share_of_peak(self, tokens_per_second: float) -> float:
-        """Model FLOP/s of all ranks over what their devices can do at most."""
-        return tokens_per_second * self.flops_per_token / (self.machine.peak_flops * self.training.ranks.world_size)
+        """FLOP/s of the model on all ranks, divided by the peak of their devices."""
+        return tokens_per_second * self.flops_per_token / (self.machine.peak_flops * self.world_size)
 
     def evaluated(self, result: dict[str, float]) -> None:
-        """Write down an evaluation, a greedy story and the curve."""
-        step = self.training.progress.step
+        """After an evaluation: log it, write a greedy story and draw the curve."""
+        step = self.progress.step
         tokens = step * self.config.tokens_per_step
         self.run.log(step, tokens=tokens, peak_memory_bytes=self.machine.peak_memory(), **result)
-        prompt = PROMPT if len(begin(self.tokenizer, PROMPT)) < self.model.config.max_seq_len else ""
+        prompt = PROMPT if len(encode_prompt(self.tokenizer, PROMPT)) < self.model.config.max_seq_len else ""
         self.story = write(self.model.eval(), self.tokenizer, [prompt], 200)[0]
         self.model.train()
         self.run.sample(step, self.story)
@@ -105,22 +108,21 @@ class Journal:
         self.restart_clock()
 
     def save(self, best: bool) -> None:
-        """Write a checkpoint of this step; `best`: no earlier eval loss was lower."""
-        progress = self.training.progress
+        """Write a checkpoint of this step; `best`: its eval loss is the lowest so far."""
         save_checkpoint(
             self.run.checkpoints,
-            step=progress.step,
+            step=self.progress.step,
             model=self.model,
-            optimizer_state=self.training.optimizer.state_dict(),
-            state={"best_eval_loss": progress.best_eval_loss},
+            optimizer_state=self.optimizer.state_dict(),
+            state={"best_eval_loss": self.progress.best_eval_loss},
             config=self.record,
-            tokenizer=self.training.data.tokenizer_path,
+            tokenizer=self.data.tokenizer_path,
             keep_best=best,
         )
         self.restart_clock()
 
     def conclude(self) -> None:
-        """Say what came of it, where it lies and what to try next."""
+        """Print the results, where they are and what to try next."""
         self.bar.close()
         out = self.config.out
         evaluations = [line for line in read_metrics(out / "metrics.jsonl") if "eval_loss" in line]
@@ -139,11 +141,12 @@ class Journal:
         )
 
     def close(self, exit_code: int) -> None:
-        """Let go of the run directory and of wandb."""
+        """Close the run directory and end the wandb run."""
         self.bar.close()
         self.run.close(exit_code)
 
 
 def python() -> str:
-    """How this process was started: `uv run`, which tells its children so, finds packages that plain python may not."""
+    """The command that starts Python: `uv run python` where uv started this process, since plain python may lack the
+    packages."""
     return "uv run python" if "UV_RUN_RECURSION_DEPTH" in os.environ else "python"

@@ -1,39 +1,39 @@
-"""The training loop: the only one, for every model.
+"""The training loop, the same one for every model.
 
 For each step: take the windows of this step, compute the mean loss and its gradient in micro-batches, clip, update.
-Data and randomness are functions of (seed, step), so a run that was stopped goes on as if it had not been.
+Data and random numbers are functions of (seed, step), so a run that was stopped and resumed computes the same steps.
 """
 
-import contextlib
 import math
-import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm.checkpoint import find_checkpoints
 from llm.config import ModelConfig, TrainConfig
-from llm.data import Data, step_batches
-from llm.device import find_machine, keep_freed_memory
-from llm.distributed import Ranks
-from llm.evaluate import EvalSet, evaluate
-from llm.gradient import compute_gradient, make_objective, share_out
-from llm.journal import Journal
+from llm.data.files import Data
+from llm.data.windows import step_batches
 from llm.models.transformer import Transformer
-from llm.optim import learning_rate, make_optimizer
-from llm.resume import begin, find_checkpoint, run_record
+from llm.training.checkpoint import find_checkpoints
+from llm.training.device import find_machine, keep_freed_memory
+from llm.training.distributed import Ranks
+from llm.training.evaluate import EvalSet, evaluate
+from llm.training.gradient import compute_gradient, make_objective, share_out
+from llm.training.journal import Journal
+from llm.training.optim import learning_rate, make_optimizer
+from llm.training.resume import find_checkpoint, go_on_from, run_record
+from llm.training.stopping import StopRequest, stop_signals
 
 
 def train(Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data) -> Path:
-    """Train `Model` on `data`; returns the run directory, which holds all that came of it.
+    """Train `Model` on `data`; returns the run directory, which holds metrics, checkpoints and samples.
 
-    Raises ValueError for settings that cannot work, before any work; FloatingPointError where the loss or a gradient is
-    not finite; SystemExit with 128 + the signal's number after a stop that was asked for.
+    Raises ValueError, before any work, for settings that cannot work; FloatingPointError where the loss or a gradient
+    is not finite; SystemExit with 128 + the signal's number after a signal asked for a stop.
     """
     training = Training(Model, model_config, config, data)
     if training.progress.step < training.config.steps:
@@ -48,18 +48,17 @@ def train(Model: type[Transformer], model_config: ModelConfig, config: TrainConf
 
 
 def default_out(model_name: str, data: Path) -> Path:
-    """runs/baseline for TinyStories, runs/baseline-sample for data/sample: other text is another run."""
+    """The run directory: runs/baseline for TinyStories, runs/baseline-sample for data in data/sample."""
     return Path("runs") / (model_name if data.name == "tinystories" else f"{model_name}-{data.name}")
 
 
 class Training:
-    """A model, its optimiser and its data, brought to the step from which the run goes on."""
+    """A model, its optimiser and its data, at the step from which the run goes on."""
 
     def __init__(self, Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data):
         self.data, self.ranks = data, Ranks.current()
         self.machine = find_machine(config, self.ranks.local_rank)
-        if self.machine.device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(self.machine.device)
         self.windows, self.micro_batch_size = share_out(config, model_config.max_seq_len, self.ranks.world_size)
         self.record = run_record(Model, model_config, config, data)
         out = config.out or default_out(self.record["model_name"], data.folder)
@@ -70,13 +69,13 @@ class Training:
         torch.manual_seed(config.seed)
         self.model = Model(model_config).to(self.machine.device)
         self.optimizer = make_optimizer(self.model, config)
-        self.progress = begin(self.model, self.optimizer, checkpoint, self.config, self.ranks)
+        self.progress = go_on_from(checkpoint, self.model, self.optimizer, self.config, self.ranks)
 
-    def run(self, stop: "Stop") -> None:
-        """Train to the last step, or until a stop is asked for."""
+    def run(self, stop: StopRequest) -> None:
+        """Train to the last step, or until a signal asks for a stop."""
         config, progress, first = self.config, self.progress, self.ranks.is_first
         self.objective = make_objective(self.model, config, self.machine, self.ranks)
-        self.journal = Journal(self) if first else None
+        self.journal = self.make_journal() if first else None
         exit_code = 1
         try:
             if progress.step == 0:
@@ -104,8 +103,21 @@ class Training:
             if first:
                 self.journal.close(exit_code)
 
+    def make_journal(self) -> Journal:
+        """What the first rank shows and writes."""
+        return Journal(
+            model=self.model,
+            optimizer=self.optimizer,
+            progress=self.progress,
+            config=self.config,
+            record=self.record,
+            data=self.data,
+            machine=self.machine,
+            world_size=self.ranks.world_size,
+        )
+
     def batches(self) -> Iterator[list[tuple[int, Tensor]]]:
-        """The micro-batches of this rank, one list for each step that is left."""
+        """The micro-batches of this rank, one list for each remaining step."""
         return step_batches(
             self.data.train,
             seq_len=self.model.config.max_seq_len,
@@ -116,17 +128,17 @@ class Training:
             last_step=self.config.steps,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            device=self.machine.device,
+            to_device=self.machine.to_device,
         )
 
-    def update(self, micro_batches: list[tuple[int, Tensor]], stop: "Stop") -> tuple[dict[str, float], float]:
-        """One optimiser step; returns the parts of the loss, the gradient's norm and whether any rank was asked to
-        stop, averaged over ranks, and the learning rate. Reads from the device once."""
+    def update(self, micro_batches: list[tuple[int, Tensor]], stop: StopRequest) -> tuple[dict[str, float], float]:
+        """One optimiser step. Returns the learning rate and, averaged over ranks, the parts of the loss, the norm of
+        the gradient and whether a rank was asked to stop. Numbers are read from the device once, since that waits."""
         step = self.progress.step + 1
         lr = learning_rate(step, self.config)
         parts = compute_gradient(self.objective, micro_batches, (self.config.seed, step), self.machine)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        values = torch.stack([norm, norm.new_tensor(float(stop.asked_by != 0)), *parts.values()])
+        values = torch.stack([norm, norm.new_tensor(float(stop.signal != 0)), *parts.values()])
         report = dict(zip(["grad_norm", "stop", *parts], self.ranks.average(values).tolist(), strict=True))
         if not all(map(math.isfinite, report.values())):
             raise FloatingPointError(
@@ -143,7 +155,7 @@ class Training:
         return report, lr
 
     def evaluate(self) -> bool:
-        """Evaluate on every rank and write it down; says whether it is the lowest eval loss so far."""
+        """Evaluate on every rank and log the result; returns whether it is the lowest eval loss so far."""
         result = evaluate(
             self.model, self.eval_set, self.micro_batch_size, self.machine, self.ranks, seed=self.config.seed
         )
@@ -155,41 +167,16 @@ class Training:
         return best
 
     def last_saved(self) -> str:
-        """The newest checkpoint, for messages."""
+        """The path of the newest checkpoint, for messages."""
         saved = find_checkpoints(self.config.out / "checkpoints")
         return str(saved[-1]) if saved else "none was saved"
 
-    def explain_stop(self, stop: "Stop") -> int:
-        """Say that all is saved and how to go on; returns the exit status."""
+    def explain_stop(self, stop: StopRequest) -> int:
+        """Print where the run is saved and how to go on; returns the exit status."""
         if self.ranks.is_first:
             but = "" if self.config.resume == "auto" else " with --resume auto"
             tqdm.write(
                 f"stopped after step {self.progress.step} of {self.config.steps}, saved in {self.last_saved()}\n"
                 f"to go on, give the same command again{but}"
             )
-        return 128 + (stop.asked_by or signal.SIGTERM)
-
-
-@dataclass
-class Stop:
-    """Which signal asked the run to stop; 0 while none has."""
-
-    asked_by: int = 0
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Within this block, Ctrl-C and SIGTERM ask for a stop after the current step; a second Ctrl-C leaves at once."""
-    stop = Stop()
-
-    def ask(number: int, frame: object) -> None:
-        if stop.asked_by and number == signal.SIGINT:
-            os._exit(128 + number)
-        stop.asked_by = number
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return 128 + (stop.signal or signal.SIGTERM)

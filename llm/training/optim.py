@@ -1,7 +1,7 @@
 """The optimiser and its learning rate.
 
-AdamW divides each weight's step by the size of its own gradient. Muon makes the step of a whole matrix orthogonal: all
-its singular values become about 1, so directions that the gradient hardly sees are learned as fast as the loud ones.
+AdamW divides the step of each weight by the size of its own gradient. Muon makes the step of a whole matrix orthogonal:
+all its singular values become about 1, so directions with small gradients are learned as fast as those with large ones.
 
     M = momentum of the gradient        step = 0.2 sqrt(max(rows, columns)) U V^T,  where M = U S V^T
 
@@ -20,13 +20,13 @@ from llm.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> "torch.optim.Optimizer | MuonAndAdamW":
-    """Fused AdamW, for all parameters or for those that are not Muon's. Matrices decay; gains and biases, which have
-    one axis, do not: 0 is no better place for them."""
+    """Fused AdamW, for all parameters or for those that Muon does not take."""
     orthogonal = hidden_matrices(model) if config.optimizer == "muon" else []
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in orthogonal)]
+    taken = set(map(id, orthogonal))
+    decaying, others = split_by_decay(model)
     groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in decaying if id(p) not in taken], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if id(p) not in taken], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
     if config.optimizer == "adamw":
@@ -37,14 +37,26 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> "torch.optim.Optimi
     return MuonAndAdamW(muon, adamw)
 
 
+def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(parameters that decay, parameters that do not).
+
+    Matrices decay. Gains and biases, which have one axis, do not, since 0 is no better value for them than another. A
+    module may name more parameters of its own that must not decay: `no_weight_decay`, a tuple of names.
+    """
+    named = {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())}
+    decaying = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in named]
+    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in named]
+    return decaying, others
+
+
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the linear layers inside the blocks: those that map hidden states to hidden states. Embeddings
-    and head, whose rows are tokens, are none, nor are stacked experts, which have three axes."""
+    """The weights of the linear layers inside the blocks. Embeddings and the head, whose rows are tokens, are left out,
+    and so are stacked experts, which have three axes."""
     return [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
 
 
 class MuonAndAdamW:
-    """Two optimisers, each with its own parameters, behind the methods of one."""
+    """Two optimisers, each with parameters of its own, used like one."""
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.parts = {"muon": muon, "adamw": adamw}
@@ -70,7 +82,7 @@ class MuonAndAdamW:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step 1, 2, .. `config.steps`: linear up to max_lr, then a cosine down to min_lr at the last step."""
+    """The learning rate of step 1 .. `config.steps`: linear up to max_lr, then a cosine to min_lr at the last step."""
     if step <= config.warmup_steps:
         return config.max_lr * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

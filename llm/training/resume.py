@@ -1,32 +1,39 @@
-"""Where a run begins: at step 0, or after the step of the checkpoint it goes on from."""
+"""Where a run starts: at step 0, or after the step of a checkpoint from which it goes on."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from llm.checkpoint import (
+from llm.config import ModelConfig, TrainConfig
+from llm.data.files import Data
+from llm.models import MODELS
+from llm.models.transformer import Transformer
+from llm.training.checkpoint import (
     CONFIG,
     CheckpointError,
-    check_same_run,
     load_model_weights,
     load_training_state,
     newest_good,
     verify_checkpoint,
 )
-from llm.config import ModelConfig, TrainConfig
-from llm.data import Data
-from llm.distributed import Ranks
-from llm.models import MODELS
-from llm.models.transformer import Transformer
-from llm.run_directory import existing_config, take_lock
+from llm.training.distributed import Ranks
+from llm.training.run_directory import existing_config, take_lock
+
+# The settings that determine the weights after each step and the loss on the eval split. Others, such as device, paths
+# and logging, may change when a run is resumed.
+BUDGET = (
+    "seed|tokens_per_step|steps|max_lr|min_lr|warmup_steps|optimizer|weight_decay|beta1|beta2|grad_clip|eval_windows"
+)
+SAME_RUN = re.compile(rf"model_name|model\..+|data\.vocab_size|data\..*sha256.*|train\.({BUDGET})")
 
 
 @dataclass
 class Progress:
-    """How far a run has come: finished steps and the lowest eval loss so far."""
+    """The number of finished steps and the lowest eval loss so far."""
 
     step: int = 0
     best_eval_loss: float = float("inf")
@@ -34,7 +41,7 @@ class Progress:
 
 def run_record(Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data) -> dict:
     """All that rebuilds the model and repeats the run, as plain values. Raises ValueError for an unknown model."""
-    names = [name for name, (known, _) in MODELS.items() if known is Model]
+    names = [name for name, known in MODELS.items() if known is Model]
     if not names:
         raise ValueError(
             f"{Model.__name__} is not in MODELS: add it to llm/models/__init__.py, so it can be loaded again"
@@ -54,7 +61,7 @@ def run_record(Model: type[Transformer], model_config: ModelConfig, config: Trai
 
 
 def find_checkpoint(resume: str, out: Path, record: dict) -> Path | None:
-    """What `--resume` asks for: the newest good checkpoint of `out`, none, or the one at a path.
+    """The checkpoint that `--resume` asks for: the newest good one of `out`, none, or the one at a path.
 
     Raises CheckpointError where the run directory belongs to other settings, or the checkpoint is damaged.
     """
@@ -67,12 +74,13 @@ def find_checkpoint(resume: str, out: Path, record: dict) -> Path | None:
     checkpoint = Path(resume)
     verify_checkpoint(checkpoint)
     saved = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    check_same_run(what_it_is(saved), what_it_is(record))
+    check_same_run(model_settings(saved), model_settings(record))
     return checkpoint
 
 
-def what_it_is(record: dict) -> dict:
-    """The part of a record that weights depend on: another budget or other text may follow, another model may not."""
+def model_settings(record: dict) -> dict:
+    """The part of a record that the weights must fit: training may go on with another budget or text, but not with
+    another model or tokenizer."""
     return {
         "model_name": record["model_name"],
         "model": record["model"],
@@ -81,7 +89,7 @@ def what_it_is(record: dict) -> dict:
 
 
 def set_aside(out: Path) -> None:
-    """Make room for a run that starts anew: an earlier one at `out` is kept as `<out>.1`, `<out>.2`, ..
+    """Rename an earlier run at `out` to `<out>.1`, `<out>.2`, .., so that a new one can start there.
 
     Raises RunDirectoryError where another process still uses it.
     """
@@ -94,9 +102,9 @@ def set_aside(out: Path) -> None:
 
 
 def restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress:
-    """Fill model and optimiser from a verified checkpoint; returns how far it had come.
+    """Fill model and optimiser from a verified checkpoint; returns its progress.
 
-    The optimiser's settings stay those of the flags: `load_state_dict` would bring back the saved ones.
+    `load_state_dict` also restores the saved settings of the optimiser. They are replaced by those of the flags.
     """
     load_model_weights(checkpoint, model)
     saved = load_training_state(checkpoint)
@@ -107,10 +115,10 @@ def restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimiz
     return Progress(saved["step"], saved["state"]["best_eval_loss"])
 
 
-def begin(
-    model: Transformer, optimizer: torch.optim.Optimizer, checkpoint: Path | None, config: TrainConfig, ranks: Ranks
+def go_on_from(
+    checkpoint: Path | None, model: Transformer, optimizer: torch.optim.Optimizer, config: TrainConfig, ranks: Ranks
 ) -> Progress:
-    """Bring model and optimiser to where the run goes on, on every rank: to `checkpoint`, or to the start."""
+    """Restore model and optimiser from `checkpoint` on every rank, or start at step 0 where it is None."""
     if ranks.is_first and config.resume == "never":
         set_aside(config.out)
     ranks.wait()
@@ -125,10 +133,36 @@ def begin(
 
 
 def check_same_step(step: int, out: Path, ranks: Ranks) -> None:
-    """Raises CheckpointError where ranks go on from different steps, as machines do that do not share a disk."""
+    """Raises CheckpointError where ranks go on from different steps, as on machines that do not share a disk."""
     mean = ranks.average(torch.tensor(step, dtype=torch.float64)).item()
     if mean != step:
         raise CheckpointError(
             f"rank {ranks.rank} goes on after step {step} and others do not: {out} must be one folder that all "
             f"machines share (--out)"
         )
+
+
+def check_same_run(saved_config: dict, config: dict) -> None:
+    """Raises CheckpointError where architecture, sizes, tokenizer, data, seed or budget are not those that were saved.
+
+    The message lists each field that differs, with its saved and its given value.
+    """
+    saved, given = identity(saved_config), identity(config)
+    different = [name for name in sorted(saved.keys() | given.keys()) if saved.get(name) != given.get(name)]
+    if different:
+        lines = [
+            f"  {name}: saved {saved.get(name, 'nothing')}, given {given.get(name, 'nothing')}" for name in different
+        ]
+        remedy = "Give the saved values, or another run directory (--out); --resume PATH begins it with these weights."
+        raise CheckpointError("\n".join(["the settings are not those this run was saved with:", *lines, remedy]))
+
+
+def identity(config: dict, prefix: str = "") -> dict[str, str]:
+    """The fields in SAME_RUN, by dotted name, as JSON text: a tuple then equals the list it was saved as."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= identity(value, f"{prefix}{key}.")
+        elif SAME_RUN.fullmatch(f"{prefix}{key}"):
+            found[f"{prefix}{key}"] = json.dumps(value, default=str)
+    return found

@@ -1,7 +1,7 @@
-"""What a run leaves behind in `runs/<name>/`; one process owns it at a time.
+"""The run directory `runs/<name>/`, which one process owns at a time.
 
-config.json      everything resolved, git commit, versions
-metrics.jsonl    the record: one JSON object per logged step
+config.json      all settings, git commit, versions
+metrics.jsonl    one JSON object per logged step
 samples.txt      a story at each evaluation
 loss.png         the curves, drawn from metrics.jsonl
 checkpoints/     see checkpoint.py
@@ -11,19 +11,18 @@ lock             process id of the owner
 import json
 import math
 import os
-import platform
 import re
-import subprocess
-from io import BytesIO, FileIO
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
-import tokenizers
 import torch
 
-from llm.wandb_mirror import WandbMirror
+from llm.files import lock, write_atomically
+from llm.training.curve import draw_losses
+from llm.training.provenance import git_commit, package_versions
+from llm.training.wandb_mirror import WandbMirror
 
 
 class RunDirectoryError(RuntimeError):
@@ -31,37 +30,32 @@ class RunDirectoryError(RuntimeError):
 
 
 class RunDirectory:
-    """Opens `path` for a run that goes on after `resume_step` (0: from the start); later lines and samples are dropped.
+    """Opens `path` for a run that goes on after `resume_step` (0: from the start). Lines and samples of later steps are
+    dropped.
 
     Args:
         path: created if missing; its name is the name of the run.
-        config: what `json` can write (paths become strings); commit and versions are added.
-        wandb: where metrics are mirrored: see wandb_mirror.py.
-        resume_step: step of the checkpoint the run goes on from.
+        config: values that `json` can write (paths become strings); commit and versions are added.
+        wandb: whether metrics are copied to wandb: see wandb_mirror.py.
+        resume_step: the step of the checkpoint from which the run goes on.
 
-    Raises:
-        RunDirectoryError: not writable, or in use by another process, which is named.
+    Raises RunDirectoryError where it is not writable, or in use by another process, which is named.
     """
 
     def __init__(
-        self,
-        path: Path,
-        config: dict,
-        *,
-        wandb: Literal["auto", "online", "offline", "off"],
-        resume_step: int = 0,
+        self, path: Path, config: dict, *, wandb: Literal["auto", "online", "offline", "off"], resume_step: int = 0
     ):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        config = config | {"commit": _git_commit(), "versions": _versions()}
-        text = json.dumps(_plain(config), indent=2) + "\n"
+        config = config | {"commit": git_commit(), "versions": package_versions()}
+        text = json.dumps(json_values(config), indent=2) + "\n"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(self.path / "lock")
             write_atomically(self.path / "config.json", text.encode())
-            _rewind_metrics(self.path / "metrics.jsonl", resume_step)
-            _rewind_samples(self.path / "samples.txt", resume_step)
-            # unbuffered: a line is one write, so nothing half-written waits in this process
+            rewind_metrics(self.path / "metrics.jsonl", resume_step)
+            rewind_samples(self.path / "samples.txt", resume_step)
+            # unbuffered: each line is one write, and none is lost in this process when it dies
             self._metrics = FileIO(self.path / "metrics.jsonl", "a")
             self._samples = FileIO(self.path / "samples.txt", "a")
         except OSError as error:
@@ -69,28 +63,26 @@ class RunDirectory:
         self._mirror = WandbMirror(wandb, self.path, json.loads(text), resumed=resume_step > 0)
 
     def log(self, step: int, **values: Any) -> None:
-        """Append one line; numbers, arrays and tensors of them become JSON, what is not finite becomes null.
-
-        Raises:
-            RunDirectoryError: the line could not be written whole.
-        """
-        line = _plain({"step": step, **values})
-        _append(self._metrics, json.dumps(line, allow_nan=False) + "\n")
+        """Append one line. Numbers, arrays and tensors become JSON; what is not finite becomes null. Raises
+        RunDirectoryError where the line could not be written whole."""
+        line = json_values({"step": step, **values})
+        append(self._metrics, json.dumps(line, allow_nan=False) + "\n")
         self._mirror.log(step, {name: value for name, value in line.items() if name != "step"})
 
     def sample(self, step: int, text: str) -> None:
-        """Append a text that the model wrote after `step`. Raises RunDirectoryError as `log` does."""
-        _append(self._samples, f"--- step {step} ---\n{text}\n\n")
+        """Append a text that the model wrote after `step`. Raises RunDirectoryError like `log`."""
+        append(self._samples, f"--- step {step} ---\n{text}\n\n")
 
     def plot(self) -> None:
-        """Draw `loss.png`; a failure costs the picture and one printed line, never the run."""
+        """Draw `loss.png`. Where that fails, one line says so and the run goes on."""
         try:
-            _draw(read_metrics(self.path / "metrics.jsonl"), self.path / "loss.png", title=self.path.resolve().name)
+            metrics = read_metrics(self.path / "metrics.jsonl")
+            draw_losses(metrics, self.path / "loss.png", title=self.path.resolve().name)
         except Exception as error:
             print(f"no loss.png: {type(error).__name__}: {error}")
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish the mirror, waiting a few seconds at most, and give the directory back. May be called twice."""
+        """End the wandb run, waiting a few seconds at most, and unlock the directory. May be called twice."""
         self._mirror.finish(exit_code)
         self._metrics.close()
         self._samples.close()
@@ -98,7 +90,7 @@ class RunDirectory:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl in order; a last line torn by a crash is left out. Empty where there is no file."""
+    """The lines of a metrics.jsonl, without a last line that a crash left incomplete; none where there is no file."""
     lines = Path(path).read_bytes().splitlines() if Path(path).exists() else []
     found = []
     for number, line in enumerate(lines, start=1):
@@ -113,7 +105,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def existing_config(path: Path) -> dict | None:
-    """The config.json of a run directory, None where there is none yet. Raises RunDirectoryError for a damaged one."""
+    """The config.json of a run directory, None where there is none. Raises RunDirectoryError for a damaged one."""
     file = Path(path) / "config.json"
     try:
         return json.loads(file.read_bytes())
@@ -123,21 +115,14 @@ def existing_config(path: Path) -> dict | None:
         raise RunDirectoryError(f"{file} cannot be read: {error}; choose another run directory with --out") from None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, all or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def take_lock(path: Path) -> FileIO:
-    """Hold `path` open and locked. The system lets go when the process dies, however it dies: no lock is ever stale."""
+    """Open and lock `path`. The system unlocks it when the process ends, however it ends, so a lock is never stale.
+
+    Raises RunDirectoryError, naming the process, where another one holds the lock.
+    """
     file = FileIO(path, "a+")
     try:
-        _lock(file)
+        lock(file)
     except (BlockingIOError, PermissionError):
         owner = path.read_text(encoding="utf-8").strip() or "unknown"
         raise RunDirectoryError(
@@ -150,26 +135,15 @@ def take_lock(path: Path) -> FileIO:
     return file
 
 
-def _lock(file: FileIO) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows; far behind the text, which others must be able to read
-        import msvcrt
-
-        file.seek(1 << 20)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _rewind_metrics(file: Path, step: int) -> None:
-    """Drop a torn last line and those after `step`; everything where a run starts anew."""
+def rewind_metrics(file: Path, step: int) -> None:
+    """Drop an incomplete last line and all lines after `step`; drop everything where a run starts at step 0."""
     if file.exists():
         kept = [line for line in read_metrics(file) if step > 0 and line["step"] <= step]
         write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def _rewind_samples(file: Path, step: int) -> None:
+def rewind_samples(file: Path, step: int) -> None:
+    """Drop the samples after `step`; drop everything where a run starts at step 0."""
     if file.exists():
         text = file.read_text(encoding="utf-8", errors="replace")
         samples = re.findall(r"^(--- step (\d+) ---\n.*?)(?=^--- step \d+ ---\n|\Z)", text, re.MULTILINE | re.DOTALL)
@@ -177,7 +151,8 @@ def _rewind_samples(file: Path, step: int) -> None:
         write_atomically(file, "".join(kept).encode())
 
 
-def _append(file, text: str) -> None:
+def append(file: FileIO, text: str) -> None:
+    """Append a text with one write. Raises RunDirectoryError where it could not be written whole."""
     content = text.encode("utf-8", errors="replace")
     try:
         written = file.write(content)
@@ -187,72 +162,14 @@ def _append(file, text: str) -> None:
         raise RunDirectoryError(f"cannot write {file.name}: disk full after {written} of {len(content)} bytes")
 
 
-def _plain(value: Any) -> Any:
-    """Nested values as JSON has them; NaN and infinity, which it has not, become None."""
+def json_values(value: Any) -> Any:
+    """Nested values as JSON can hold them; NaN and infinity become None."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): json_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [json_values(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | None) else str(value)
-
-
-def _versions() -> dict[str, str]:
-    packages = (torch, np, tokenizers, safetensors)
-    return {"python": platform.python_version()} | {package.__name__: package.__version__ for package in packages}
-
-
-def _git_commit() -> str | None:
-    """Of this code, with "-dirty" where files differ from it; None outside git."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():  # installed elsewhere: a repository around it is not ours
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
-
-
-def _draw(metrics: list[dict], file: Path, title: str) -> None:
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    from matplotlib.ticker import EngFormatter
-
-    train = _series(metrics, "loss")
-    evaluation = _series(metrics, "eval_loss")
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(*train, color="#9ecae1", linewidth=0.8, label="train, each logged step")
-    axes.plot(*_running_mean(*train), color="#08519c", linewidth=1.8, label="train, running mean")
-    axes.plot(*evaluation, color="#d94801", linewidth=1.4, marker="o", markersize=4, label="eval")
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("cross-entropy (nats per token)")
-    axes.set_title(title, parse_math=False)  # a name may hold a dollar sign
-    axes.xaxis.set_major_formatter(EngFormatter())  # 100 M
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    picture = BytesIO()
-    figure.savefig(picture, format="png")
-    write_atomically(file, picture.getvalue())
-
-
-def _series(metrics: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and values of the lines that have both, each (N,)."""
-    points = [(line["tokens"], line[name]) for line in metrics if None not in (line.get("tokens"), line.get(name))]
-    tokens, values = np.array(points, dtype=float).reshape(-1, 2).T
-    return tokens, values
-
-
-def _running_mean(tokens: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of 2 % of the points around each, fewer at both ends; nothing where there are too few points to smooth."""
-    half = len(values) // 100 + 2
-    if len(values) < 4 * half:
-        return tokens[:0], values[:0]
-    spans = [slice(max(0, i - half), i + half + 1) for i in range(len(values))]
-    return tokens, np.array([values[span].mean() for span in spans])

@@ -1,7 +1,7 @@
 """A copy of the metrics on Weights & Biases that can neither stop nor delay a run.
 
-All of wandb, its import included, lives in one background thread that is fed through a queue. The run only ever puts a
-line into the queue, and at the end waits a few seconds at most. Whatever goes wrong turns the mirror off with one line.
+wandb is used, and even imported, only in a background thread that reads lines from a queue. The run puts lines into the
+queue and waits a few seconds at its end, no more. Any error of wandb ends the copying, and one line says so.
 """
 
 import os
@@ -25,13 +25,13 @@ SETTINGS = {
 
 
 class WandbMirror:
-    """Mirrors `log` calls into one wandb run, whose id stands in the run directory so that a resumed run goes on in it.
+    """Copies `log` calls into one wandb run. Its id is kept in the run directory, so a resumed run goes on in it.
 
     Args:
         mode: "auto" means online where WANDB_API_KEY is set, else off.
         folder: the run directory; wandb's own files go to `folder/wandb`.
         config: shown beside the curves.
-        resumed: go on in the wandb run of before.
+        resumed: go on in the earlier wandb run.
     """
 
     def __init__(self, mode: Literal["auto", "online", "offline", "off"], folder: Path, config: dict, *, resumed: bool):
@@ -40,18 +40,18 @@ class WandbMirror:
         self._lines: queue.SimpleQueue[tuple[int, dict] | None] = queue.SimpleQueue()
         self._exit_code = 0
         self._left_behind = False
-        # a daemon: a thread that hangs in wandb must not keep the process alive
+        # a daemon thread, so that one that hangs in wandb does not keep the process alive
         self._worker = threading.Thread(target=self._work, args=(mode, folder, config, resumed), daemon=True)
         if mode != "off":
             self._worker.start()
 
     def log(self, step: int, values: dict) -> None:
-        """Returns at once; lines are dropped when wandb is hopelessly behind."""
+        """Queue a line and return at once. Lines are dropped while the queue is full."""
         if self._worker.is_alive() and self._lines.qsize() < LARGEST_BACKLOG:
             self._lines.put((step, values))
 
     def finish(self, exit_code: int) -> None:
-        """Wait for wandb, but only so long."""
+        """End the wandb run; wait FINISH_SECONDS at most."""
         if not self._worker.is_alive():
             return
         self._exit_code = exit_code
@@ -63,8 +63,8 @@ class WandbMirror:
 
     def _work(self, mode: str, folder: Path, config: dict, resumed: bool) -> None:
         try:
-            os.environ["WANDB_SILENT"] = "true"  # from the first line on, and so without a prompt
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no crash reports to anybody
+            os.environ["WANDB_SILENT"] = "true"  # also suppresses its prompt for a key
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # sends no crash reports
             import wandb
 
             run = wandb.init(
@@ -81,7 +81,7 @@ class WandbMirror:
                 step, values = line
                 run.log(values, step=step)
             run.finish(exit_code=self._exit_code)
-        except BaseException as error:  # wandb also leaves by SystemExit
+        except BaseException as error:  # wandb also raises SystemExit
             if self._left_behind:
                 return
             reason = str(error).strip().splitlines() or [type(error).__name__]

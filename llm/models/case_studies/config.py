@@ -1,19 +1,22 @@
-"""What the configs of case studies share: grouped heads of their own width, a feed-forward width, RoPE; windows."""
+"""What the configs of case studies share: grouped heads of their own width, a feed-forward width, RoPE; windows.
+
+Default sizes are for TinyStories. The published sizes are in llm/hub/maps, with the names of published checkpoints.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from llm.config import ModelConfig, check_positive
-from llm.modules.masks import Visible, causal, window
+from llm.config import ModelConfig, check_divides, check_positive
+from llm.modules.masks import Mask, Window, causal
+from llm.modules.position_encoding.rope import RoPE
 from llm.modules.position_encoding.rope_settings import Settings, make_scaling
-from llm.name_table import PretrainedError
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
 
 @dataclass(frozen=True)
 class CaseStudyConfig(ModelConfig):
-    """Default sizes are for TinyStories; `sizes` in each model's file has the published ones."""
+    """Grouped-query heads and RoPE."""
 
     n_heads: int = 16
     """Query heads."""
@@ -26,24 +29,16 @@ class CaseStudyConfig(ModelConfig):
     rope_theta: float = 10_000.0
     """Base of the rotation; raise it for longer contexts."""
     rope_scaling: Settings = field(default_factory=dict)
-    """How longer contexts are reached: rope_type (linear, dynamic, yarn, llama3) and its settings. Empty: not."""
+    """Extension of the context: rope_type (linear, dynamic, yarn, llama3) and its settings. Empty: none."""
 
     small: ClassVar[dict[str, Any]] = {**ModelConfig.small, "n_heads": 4, "n_kv_heads": 2, "d_ff": 352}
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_heads", "n_kv_heads", "d_ff"):
-            check_positive(self, name)
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}: choose a divisor "
-                f"(--model.n-kv-heads)"
-            )
-        if self.head_dim is None and self.d_model % self.n_heads:
-            raise ValueError(
-                f"n_heads = {self.n_heads} does not divide d_model = {self.d_model}: choose a divisor "
-                f"(--model.n-heads) or say how wide a head is (--model.head-dim)"
-            )
+        check_positive(self, "n_heads", "n_kv_heads", "d_ff")
+        check_divides(self, "n_kv_heads", "n_heads")
+        if self.head_dim is None:
+            check_divides(self, "n_heads", "d_model", " or say how wide a head is (--model.head-dim)")
         make_scaling(self.rope_scaling)
 
     @property
@@ -74,19 +69,12 @@ class WindowedConfig(CaseStudyConfig):
     def layer_type(self, layer: int) -> LayerType:
         return self.layer_types[layer % len(self.layer_types)]
 
-    def visible(self, layer: int) -> Visible:
+    def mask(self, layer: int) -> Mask:
         """What the tokens of a layer see."""
-        return window(self.window_size) if self.layer_type(layer) == "sliding_attention" else causal
+        return Window(self.window_size) if self.layer_type(layer) == "sliding_attention" else causal
 
 
-def read_layer_types(left: dict[str, Any], ours: dict[str, Any], period: int = 2) -> dict[str, Any]:
-    """`layer_types` as config.json has them or, where it does not, full attention in the last of each `period` layers.
-
-    Raises PretrainedError where there is not one for each layer.
-    """
-    types, n_layers = left.pop("layer_types", None), ours["n_layers"]
-    if types is None:
-        types = ("sliding_attention",) * (period - 1) + ("full_attention",)
-    elif not isinstance(types, list) or len(types) != n_layers:
-        raise PretrainedError(f"config.json sets layer_types = {types}: {n_layers} layers need a list of {n_layers}")
-    return {"layer_types": tuple(types)}
+def grouped_heads(c: CaseStudyConfig) -> dict[str, Any]:
+    """The arguments of MultiHeadAttention that these models have in common."""
+    rope = RoPE(c.head_width, c.rope_theta, scaling=make_scaling(c.rope_scaling))
+    return dict(d_model=c.d_model, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, head_dim=c.head_width, rope=rope)

@@ -18,8 +18,8 @@ Backward, tile by tile again, the scores computed a second time:
     dS = P (dP - D)                         gradient of a softmax; D = sum_j P dP = sum over channels of dout_i out_i
     dq_i += scale dS k_j                    dk_j += scale dS^T q_i
 
-Memory grows with T + S. `fused_attention` in core.py, which other models use, is this algorithm in one kernel, where a
-tile lives in the fast memory next to the arithmetic and is never written out; these loops are for reading.
+Memory grows with T + S. PyTorch's fused kernel, which the other models use, is this algorithm in one kernel: a tile
+stays in the fast memory next to the arithmetic units and is never written out. The loops here are for reading.
 
 FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691, section 3.1. Blog: Attention, FlashAttention.
 """
@@ -33,58 +33,57 @@ from torch.autograd.function import once_differentiable
 
 from llm.modules.attention.core import share_heads
 from llm.modules.attention.multi_head import MultiHeadAttention
-from llm.modules.masks import Visible, causal, visibility
+from llm.modules.cache import Places
+from llm.modules.masks import Causal, Mask, causal, visibility
 
 
 def flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_pos: Tensor,
-    k_pos: Tensor,
-    visible: Visible = causal,
+    places: Places,
+    mask: Mask = causal,
     scale: float | None = None,
     q_tile: int = 64,
     k_tile: int = 64,
 ) -> Tensor:
-    """Queries (B, H, T, D) attend to the keys (B, H_kv, S, D) that `visible` shows them: -> (B, H, T, D_v), v's dtype.
+    """Queries (B, H, T, D) attend to the keys (B, H_kv, S, D) that `mask` shows them: -> (B, H, T, D_v), v's dtype.
 
-    q_pos (T,) or (B, T) and k_pos (S,) or (B, S) as in core.attention. T and S need not be multiples of the tiles. A
-    query that sees no key gets zeros. Statistics are fp32 (float64 for float64 input).
+    T and S need not be multiples of the tiles. A query that sees no key gets zeros. Statistics are fp32 (float64 for
+    float64 input). Raises ValueError for a tile without queries or keys.
     """
     if q_tile < 1 or k_tile < 1:
         raise ValueError(f"tiles of {q_tile} queries x {k_tile} keys: both must be at least 1 (--model.tile-size)")
-    is_causal = visible is causal and q_pos is k_pos and q_pos.dim() == 1
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tiling = Tiling(q_pos, k_pos, visible, scale, q_tile, k_tile, is_causal)
+    tiling = Tiling(places, mask, scale, q_tile, k_tile)
     k, v = share_heads(q, k), share_heads(q, v)
     return TiledAttention.apply(q.to(v.dtype), k.to(v.dtype), v, tiling)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the T x S scores are cut, and how the scores of one tile come about."""
+    """How the T x S scores are cut into tiles, and how the scores of one tile are computed."""
 
-    q_pos: Tensor
-    k_pos: Tensor
-    visible: Visible
+    places: Places
+    mask: Mask
     scale: float
     q_tile: int
     k_tile: int
-    is_causal: bool
 
     def rows(self) -> Iterator[slice]:
         """Tiles of queries, from the first to the last."""
-        return tiles(self.q_pos.shape[-1], self.q_tile)
+        return tiles(self.places.q.shape[-1], self.q_tile)
 
     def columns(self, rows: slice) -> Iterator[slice]:
         """Tiles of keys for the queries `rows`; where query i sees keys 0..i, none above the diagonal."""
-        return tiles(rows.stop if self.is_causal else self.k_pos.shape[-1], self.k_tile)
+        is_causal = isinstance(self.mask, Causal) and self.places.whole_text
+        return tiles(rows.stop if is_causal else self.places.k.shape[-1], self.k_tile)
 
     def scores(self, q_i: Tensor, k_j: Tensor, rows: slice, columns: slice) -> Tensor:
         """(B, H, q_tile, k_tile) in the dtype of the statistics, -inf where the query does not see the key."""
         s = (q_i @ k_j.mT).to(statistics_dtype(q_i)) * self.scale
-        return s.masked_fill(~visibility(self.visible, self.q_pos[..., rows], self.k_pos[..., columns]), -torch.inf)
+        shown = visibility(self.mask, self.places.q[..., rows], self.places.k[..., columns])
+        return s.masked_fill(~shown, -torch.inf)
 
 
 def tiles(length: int, size: int) -> Iterator[slice]:
@@ -158,11 +157,11 @@ class FlashAttention(MultiHeadAttention):
     """Multi-head attention whose scores are computed in tiles of `tile_size` queries x `tile_size` keys."""
 
     def __init__(self, *, tile_size: int = 64, **options):
-        """`options` are those of MultiHeadAttention, but for score_bias: raises ValueError where there is one."""
+        """`options` are those of MultiHeadAttention; raises ValueError for a score_bias."""
         super().__init__(**options)
         if self.score_bias is not None:
             raise ValueError("FlashAttention takes no score_bias: these tiles have no gradient for it")
         self.tile_size = tile_size
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return flash_attention(q, k, v, q_pos, k_pos, self.visible, self.scale, self.tile_size, self.tile_size)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
+        return flash_attention(q, k, v, places, self.mask, self.scale, self.tile_size, self.tile_size)

@@ -1,10 +1,11 @@
-"""Gated attention: each channel of each head can be shut before the heads are mixed.
+"""Gated attention: a sigmoid gate on every channel of every head, before the heads are mixed.
 
     output = (sigmoid(x W_g) * [head_1 .. head_H]) W_o
 
-Without it, W_v and W_o are two matrices in a row, which one matrix of low rank could replace; the gate puts something
-bent between them, lets a head stay silent, and so makes attention sinks needless. Gated Attention for Large Language
-Models: Non-linearity, Sparsity, and Attention-Sink-Free, arXiv 2505.06708. Blog: Attention; case studies.
+Without the gate, W_v and W_o are two matrices in a row, which one matrix of low rank could replace. The gate is a
+nonlinearity between them. It also lets a head add nothing, which makes attention sinks needless. Gated Attention for
+Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free, arXiv 2505.06708. Blog: Attention; case
+studies.
 """
 
 from torch import Tensor, nn

@@ -1,13 +1,13 @@
 """Multi-head latent attention (MLA): keys and values of all heads are rebuilt from one short vector a token.
 
-    c = norm(x W_kv_a)                   the latent: all that is cached, but for one small rotated key
-    k_h = [c W_uk^h | r]                 r = RoPE(x W_kr): the only part of the key that knows its position, shared by
-    v_h = c W_uv^h                       all heads and taken past the latent, hence "decoupled"
+    c = norm(x W_kv_a)                   the latent; only c and one small rotated key r are cached
+    k_h = [c W_uk^h | r]                 r = RoPE(x W_kr), shared by all heads: the part of the key with a position
+    v_h = c W_uv^h
     q_h = [q_nope^h | RoPE(q_rope^h)]    head_h = Attention(q_h, k_h, v_h)
 
-A rotation between W_uk and the query would forbid what makes the latent cheap to use: since
-q_nope . (c W_uk) = (q_nope W_uk^T) . c, W_uk is absorbed into the query and W_uv is applied after the weighted mean, so
-decoding attends to the latents themselves, all heads to the same ones.
+Since q_nope . (c W_uk) = (q_nope W_uk^T) . c, decoding multiplies W_uk into the query and applies W_uv after the
+weighted mean: all heads attend to the latents, which are not expanded. A rotation between W_uk and the query
+would forbid this, hence the separate rotated slice.
 
 DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3 Technical Report, arXiv 2412.19437. Blog: Attention, MLA.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm.modules.attention.core import attention
-from llm.modules.cache import remember, slots
-from llm.modules.masks import Visible, causal
+from llm.modules.cache import Places, empty_slots, store
+from llm.modules.kernels.attention import attend
+from llm.modules.masks import Mask, causal, mean_keys
 from llm.modules.norms import RMSNorm
 
 
@@ -26,16 +26,16 @@ class LatentAttention(nn.Module):
     """(B, T, d_model) -> (B, T, d_model). Queries and keys are [qk_nope_head_dim | qk_rope_head_dim] wide.
 
     kv_lora_rank   width of the cached latent
-    rope           rotates the qk_rope_head_dim slices, given as (B, T, H, D); DeepSeek pairs them interleaved. None
-                   leaves the slices as they are
+    rope           rotates the qk_rope_head_dim slices (B, T, H, D), in DeepSeek with interleaved pairs of channels;
+                   without it there is no rotation
     q_lora_rank    queries pass through a latent of this width, too; None: one full projection
     norm_eps       of the norms on the latents: 1e-6 in every DeepSeek model, whatever its other norms use
     scale          factor of the scores, 1 / sqrt(qk_nope_head_dim + qk_rope_head_dim) where it is not given;
-                   DeepSeek-V3 with YaRN multiplies that by the square of its mscale
-    visible        which keys a query may see (llm/modules/masks.py)
+                   DeepSeek with YaRN multiplies that by the square of its mscale
+    mask           which keys a query may see (llm/modules/masks.py)
 
-    Without a cache keys and values are expanded; with one, only the latent and the rotated key are kept, and read in
-    the absorbed form.
+    Without a cache, keys and values are expanded. With one, only the latent and the rotated key are stored, and
+    `attend_absorbed` reads them.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class LatentAttention(nn.Module):
         q_lora_rank: int | None = None,
         norm_eps: float = 1e-6,
         scale: float | None = None,
-        visible: Visible = causal,
+        mask: Mask = causal,
     ):
         super().__init__()
-        self.n_heads, self.rope, self.visible = n_heads, rope, visible
+        self.n_heads, self.rope, self.mask = n_heads, rope, mask
         self.kv_split = [kv_lora_rank, qk_rope_head_dim]
         self.q_split = [qk_nope_head_dim, qk_rope_head_dim]
         self.expanded_split = [qk_nope_head_dim, v_head_dim]
@@ -74,9 +74,9 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         q_nope, q_rope = self.queries(x, positions)
         latent, k_rope = self.compress(x, positions)
-        latent, k_rope, k_pos = remember(cache, positions, latent=latent, k_rope=k_rope)
-        attend = self.attend_expanded if cache is None else self.attend_absorbed
-        heads = attend(q_nope, q_rope, latent, k_rope, positions, k_pos)  # (B, T, H, v_head_dim)
+        latent, k_rope, places = store(cache, positions, latent=latent, k_rope=k_rope)
+        attend_to = self.attend_expanded if cache is None else self.attend_absorbed
+        heads = attend_to(q_nope, q_rope, latent, k_rope, places)  # (B, T, H, v_head_dim)
         return self.o_proj(heads.flatten(2))
 
     def queries(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +92,7 @@ class LatentAttention(nn.Module):
             k_rope = self.rope(k_rope[:, :, None], positions)[:, :, 0]
         return self.kv_a_norm(latent), k_rope
 
-    def attend_expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, q_pos: Tensor, k_pos: Tensor
-    ) -> Tensor:
+    def attend_expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, places: Places) -> Tensor:
         """Multi-head attention on keys and values rebuilt from the latents: -> (B, T, H, v_head_dim)."""
         k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.n_heads, -1)).split(self.expanded_split, -1)
         k_rope = k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)
@@ -102,25 +100,27 @@ class LatentAttention(nn.Module):
         k = torch.cat([k_nope, k_rope], -1).transpose(1, 2)  # (B, H, S, nope + rope)
         # fused kernels want values as wide as keys; padded zeros come out as zeros
         padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1]))).transpose(1, 2)
-        heads = attention(q, k, padded, q_pos, k_pos, self.visible, scale=self.scale)
+        heads = attend(q, k, padded, places, self.mask, scale=self.scale)
         return heads.transpose(1, 2)[..., : v.shape[-1]]
 
-    def attend_absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, q_pos: Tensor, k_pos: Tensor
-    ) -> Tensor:
-        """The same as multi-query attention to the latents, none of which is expanded: -> (B, T, H, v_head_dim)."""
+    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, places: Places) -> Tensor:
+        """The same result by multi-query attention to the latents: -> (B, T, H, v_head_dim)."""
         up_proj = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1))
         w_uk, w_uv = up_proj.split(self.expanded_split, 1)  # (H, nope, rank), (H, v_head_dim, rank)
         q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w_uk)
         # one key for all heads: the heads of a token are just more queries at its position
         q = torch.cat([q_latent, q_rope], -1).flatten(1, 2)[:, None]  # (B, 1, T H, rank + rope)
-        q_pos = q_pos.repeat_interleave(self.n_heads, -1)
+        repeated = Places(places.q.repeat_interleave(self.n_heads, -1), places.k)
         k = torch.cat([latent, k_rope], -1)[:, None]  # (B, 1, S, rank + rope)
-        mixed = attention(q, k, k, q_pos, k_pos, self.visible, scale=self.scale)[:, 0, :, : latent.shape[-1]]
+        mixed = attend(q, k, k, repeated, self.mask, scale=self.scale)[:, 0, :, : latent.shape[-1]]
         return torch.einsum("bthr,hdr->bthd", mixed.unflatten(1, (-1, self.n_heads)), w_uv)
 
     def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """Room for `length` tokens, or for the window where that is shorter: kv_lora_rank + qk_rope_head_dim each."""
-        n_slots = min(length, getattr(self.visible, "reach", length))
-        rank, rope_dim = self.kv_split
-        return slots(batch_size, n_slots, self.kv_b_proj.weight, latent=(rank,), k_rope=(rope_dim,))
+        """Slots of kv_lora_rank + qk_rope_head_dim numbers for `length` tokens, or for the mask's reach if shorter."""
+        n_slots, (rank, rope_dim) = min(length, self.mask.reach), self.kv_split
+        return empty_slots(batch_size, n_slots, self.kv_b_proj.weight, latent=(rank,), k_rope=(rope_dim,))
+
+    def flops(self, context: int) -> float:
+        """FLOPs per token of the two products in `attend_expanded`, without the projections."""
+        widths = sum(self.q_split) + self.expanded_split[1]  # of a key and of a value
+        return 2 * self.n_heads * widths * mean_keys(self.mask, context)

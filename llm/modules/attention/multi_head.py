@@ -11,21 +11,24 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from llm.modules.attention.core import attention
-from llm.modules.cache import remember, slots
-from llm.modules.masks import Visible, causal
+from llm.modules.cache import Places, empty_slots, store
+from llm.modules.kernels.attention import attend
+from llm.modules.masks import Mask, causal, mean_keys
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention in three steps, each of which a subclass may replace: project, attend, output.
+    """Self-attention in four steps, each of which a subclass may replace: project, store, attend, output.
 
     n_kv_heads   key and value heads: n_heads (the default) is MHA, 1 is MQA, a divisor between is GQA
     head_dim     width of a head; d_model / n_heads where it is not given
     rope         rotates queries and keys (B, T, H, D) by their positions
-    qk_norm      makes a normalisation of width head_dim, applied to each query and key head before the rotation
-    visible      which keys a query may see (llm/modules/masks.py)
+    qk_norm      function head_dim -> norm layer, for query and key heads; applied before RoPE
+    mask         which keys a query may see (llm/modules/masks.py)
     score_bias   (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S)
     scale        factor of the scores; 1 / sqrt(head_dim) where it is not given
+
+    Called with x (B, T, d_model), positions and its cache, it returns (B, T, d_model). Positions are (T,) without a
+    cache and (B, T) with one. Raises ValueError where n_kv_heads does not divide n_heads.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class MultiHeadAttention(nn.Module):
         head_dim: int | None = None,
         rope: nn.Module | None = None,
         qk_norm: Callable[[int], nn.Module] | None = None,
-        visible: Visible = causal,
+        mask: Mask = causal,
         score_bias: Callable[[Tensor, Tensor], Tensor] | None = None,
         scale: float | None = None,
         qkv_bias: bool = False,
@@ -49,7 +52,7 @@ class MultiHeadAttention(nn.Module):
         if n_heads % n_kv_heads:
             raise ValueError(f"n_kv_heads = {n_kv_heads} must divide n_heads = {n_heads} (--model.n-kv-heads)")
         self.head_dim, self.n_kv_heads, self.scale = head_dim, n_kv_heads, scale
-        self.rope, self.visible, self.score_bias = rope, visible, score_bias
+        self.rope, self.mask, self.score_bias = rope, mask, score_bias
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
@@ -59,12 +62,12 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         q, k, v = self.project(x, positions)
-        k, v, k_pos = remember(cache, positions, k=k, v=v)
-        heads = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), positions, k_pos)
+        k, v, places = self.store(cache, positions, k, v)
+        heads = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), places)
         return self.output(heads, x)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, d_model) -> q (B, T, H, D), k and v (B, T, H_kv, D), as they are cached."""
+        """x (B, T, d_model) -> q (B, T, H, D), k and v (B, T, H_kv, D) as they are cached."""
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -72,17 +75,24 @@ class MultiHeadAttention(nn.Module):
             q, k = self.rope(q, positions), self.rope(k, positions)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    def store(self, cache: dict | None, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Places]:
+        """Put new keys and values into the cache; returns all keys and values (B, S, H_kv, D) and their Places."""
+        return store(cache, positions, k=k, v=v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
         """q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D)."""
-        bias = None if self.score_bias is None else self.score_bias(q_pos, k_pos)
-        return attention(q, k, v, q_pos, k_pos, self.visible, bias, self.scale)
+        bias = None if self.score_bias is None else self.score_bias(places.q, places.k)
+        return attend(q, k, v, places, self.mask, bias=bias, scale=self.scale)
 
     def output(self, heads: Tensor, x: Tensor) -> Tensor:
         """Join the heads (B, H, T, D) and project them: -> (B, T, d_model). `x` is the layer's input, for gates."""
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """Room for `length` tokens, or for the window where that is shorter."""
-        n_slots = min(length, getattr(self.visible, "reach", length))
+        """Slots for `length` tokens, or for the mask's reach where that is shorter."""
         shape = (self.n_kv_heads, self.head_dim)
-        return slots(batch_size, n_slots, self.k_proj.weight, k=shape, v=shape)
+        return empty_slots(batch_size, min(length, self.mask.reach), self.k_proj.weight, k=shape, v=shape)
+
+    def flops(self, context: int) -> float:
+        """FLOPs per token, without the projections: queries times keys, weights times values."""
+        return 4 * self.q_proj.out_features * mean_keys(self.mask, context)

@@ -6,9 +6,8 @@
     QKNorm       score = g cos(q_h, k_h)           a learned g instead of 1 / sqrt(head_dim)
 
 and keys likewise. The first is MultiHeadAttention's own argument `qk_norm` (Qwen3, Gemma 3); the others are below. The
-three norms are easily confused: their gains have different shapes, and only with one mean over the full width does the
-size of one head say something about another. A rotation keeps lengths, so without a gain the order of L2 and RoPE does
-not matter; with one it does.
+gains of the three norms have different shapes, and only the full-width norm makes one head's scale depend on the other
+heads. A rotation keeps lengths, so without a gain the order of L2 and RoPE does not matter; with a gain it does.
 
 Query-Key Normalization for Transformers, arXiv 2010.04245; with a norm that has a gain: Scaling Vision Transformers to
 22 Billion Parameters, arXiv 2302.05442. Blog: Normalization, QK-norm.

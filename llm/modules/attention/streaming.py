@@ -1,49 +1,44 @@
-"""StreamingLLM: a window, and beside it the first tokens of the text, which are never forgotten.
+"""StreamingLLM: a window, and beside it the first tokens of the text, which stay in the cache.
 
-A trained Transformer heaps weight that it has no use for on the first tokens. A window that drops them breaks it; four
-of them kept beside the window, and a text may run on for ever in constant memory. Efficient Streaming Language Models
-with Attention Sinks, arXiv 2309.17453. Here they keep their original positions, so that generating with the cache
-equals recomputing the text; the paper numbers the tokens anew inside its cache. Blog: Attention, attention sinks.
+A trained Transformer puts superfluous attention weight on the first tokens. A window that drops them breaks the model.
+With four of them kept beside the window, a text may grow without end in constant memory. Efficient Streaming Language
+Models with Attention Sinks, arXiv 2309.17453. Here tokens keep their original positions, so that generating with the
+cache equals recomputing the text; the paper renumbers the tokens inside its cache. Blog: Attention, attention sinks.
 """
 
 import torch
 from torch import Tensor
 
 from llm.modules.attention.multi_head import MultiHeadAttention
-from llm.modules.cache import remember, slots
-from llm.modules.masks import first_and_window
+from llm.modules.cache import Places, empty_slots, store
+from llm.modules.masks import FirstAndWindow
 
 
 class StreamingAttention(MultiHeadAttention):
     """Multi-head attention to the last `window_size` tokens and the first `n_first`, in a cache of as many slots."""
 
     def __init__(self, *, n_first: int, window_size: int, d_model: int, n_heads: int, **options):
-        """`options` are those of MultiHeadAttention, except visible."""
-        visible = first_and_window(n_first, window_size)
-        super().__init__(d_model=d_model, n_heads=n_heads, visible=visible, **options)
+        """`options` are those of MultiHeadAttention, except mask."""
+        super().__init__(d_model=d_model, n_heads=n_heads, mask=FirstAndWindow(n_first, window_size), **options)
         self.n_first, self.window_size = n_first, window_size
 
-    def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
-        q, k, v = self.project(x, positions)
+    def store(self, cache: dict | None, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Places]:
         if cache is None:
-            k_pos = positions
-        else:
-            k, v, k_pos = remember_first(cache, positions, self.n_first, k=k, v=v)
-        heads = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), positions, k_pos)
-        return self.output(heads, x)
+            return super().store(cache, positions, k, v)
+        return store_first(cache, positions, self.n_first, k=k, v=v)
 
     def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """n_first slots that are written once, then a ring of window_size."""
+        """`n_first` slots that are written once, then a ring of `window_size`."""
         n_slots = self.n_first + min(length, self.window_size)
         shape = (self.n_kv_heads, self.head_dim)
-        return slots(batch_size, n_slots, self.k_proj.weight, k=shape, v=shape)
+        return empty_slots(batch_size, n_slots, self.k_proj.weight, k=shape, v=shape)
 
 
-def remember_first(cache: dict[str, Tensor], positions: Tensor, n_first: int, **new: Tensor) -> tuple[Tensor, ...]:
-    """`remember` into a ring, and token p < n_first into slot p as well, for good. Returns the same as `remember`.
+def store_first(cache: dict[str, Tensor], positions: Tensor, n_first: int, **new: Tensor) -> tuple[Tensor, ...]:
+    """`store` into a ring, and token p < n_first into slot p as well, for good. Returns what `store` returns.
 
-    cache[..][:, :n_first] are the first tokens, the slots behind them the ring. While the ring still holds first tokens
-    they are hidden there, so that none is seen twice. With n_first = 2 and a window of 3, token p goes to ring slot
+    cache[..][:, :n_first] are the first tokens, the slots behind them the ring. First tokens are hidden in the ring, so
+    that none is seen twice. With n_first = 2 and a window of 3, token p goes to ring slot
     p % 3, and after each of the tokens 0 to 6 the slots hold (in brackets: hidden)
 
         token    first    ring               token    first    ring
@@ -52,10 +47,8 @@ def remember_first(cache: dict[str, Tensor], positions: Tensor, n_first: int, **
           2      0  1    (0) (1)  2            6      0  1     6   4   5
           3      0  1     3  (1)  2
     """
-    *recent, recent_pos = remember(
-        {name: all_slots[:, n_first:] for name, all_slots in cache.items()}, positions, **new
-    )
-    recent_pos = torch.where(recent_pos < n_first, -1, recent_pos)
+    *recent, places = store({name: all_slots[:, n_first:] for name, all_slots in cache.items()}, positions, **new)
+    recent_pos = torch.where(places.k < n_first, -1, places.k)
 
     slot = torch.arange(n_first, device=positions.device)
     index = slot - positions[:, :1]  # (B, n_first): where among the new tokens the one at position `slot` is
@@ -67,4 +60,4 @@ def remember_first(cache: dict[str, Tensor], positions: Tensor, n_first: int, **
         here = arrives.view(*arrives.shape, *[1] * (first.dim() - 2))
         first.copy_(torch.where(here, arrived, first))
     attended = [torch.cat([cache[name][:, :n_first], ring], 1) for name, ring in zip(new, recent, strict=True)]
-    return *attended, torch.cat([cache["pos"][:, :n_first], recent_pos], 1)
+    return *attended, Places(positions, torch.cat([cache["pos"][:, :n_first], recent_pos], 1))

@@ -1,6 +1,6 @@
-"""Activations: what bends between two matrices. Without one, two matrices in a row are worth a single one.
+"""Activations: the nonlinearity between two matrices. Without one, two matrices in a row equal a single matrix.
 
-Each takes a tensor of any shape and returns its like, element by element; `MLP` and `GLU` take them as an argument.
+Each maps a tensor of any shape to one of the same shape, element by element; `MLP` and `GLU` take them as an argument.
 Blog: Activations.
 """
 

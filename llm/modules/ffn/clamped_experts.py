@@ -1,11 +1,11 @@
-"""The experts of GPT-OSS: gated, with biases, and with their inputs cut off before they are multiplied.
+"""The experts of GPT-OSS: gated, with biases, and with their factors clamped before they are multiplied.
 
     gate = min(x W_gate + b_gate, limit)        up = clip(x W_up + b_up, -limit, limit)
     expert(x) = (gate sigmoid(alpha gate) * (up + 1)) W_down + b_down
 
-A product of two unbounded numbers grows as their square, and in few bits one outlier coarsens the rounding of all its
-neighbours; cut off at 7 it is at most 56. x sigmoid(1.702 x) is close to GELU, and up + 1 lets a gate pass its own
-value on where `up` says nothing. By default limit = 7 and alpha = 1.702.
+A product of two unbounded numbers grows as their square, and with few bits one outlier makes the rounding of all its
+neighbours coarse; clamped at 7 the product is at most 56. x sigmoid(1.702 x) approximates GELU. With up + 1, the gate
+passes its own value where `up` is 0. By default limit = 7 and alpha = 1.702.
 gpt-oss-120b & gpt-oss-20b Model Card, arXiv 2508.10925, section 2. Blog: FFN and MoE; Case studies, GPT-OSS.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm.modules.ffn.moe import grouped_linear
+from llm.modules.kernels.grouped import grouped_linear
 
 
 class ClampedExperts(nn.Module):
@@ -22,20 +22,27 @@ class ClampedExperts(nn.Module):
     gate_up_proj and its bias hold W_gate and then W_up; published checkpoints alternate the two.
     """
 
+    no_weight_decay = ("gate_up_proj_bias", "down_proj_bias")  # biases, although they have two axes
+
     def __init__(self, d_model: int, d_expert: int, n_experts: int, limit: float = 7.0, alpha: float = 1.702):
         super().__init__()
-        self.limit, self.alpha = limit, alpha
+        self.n_experts, self.limit, self.alpha = n_experts, limit, alpha
         self.gate_up_proj = nn.Parameter(0.02 * torch.randn(n_experts, 2 * d_expert, d_model))
         self.gate_up_proj_bias = nn.Parameter(torch.zeros(n_experts, 2 * d_expert))
         self.down_proj = nn.Parameter(0.02 * torch.randn(n_experts, d_model, d_expert))
         self.down_proj_bias = nn.Parameter(torch.zeros(n_experts, d_model))
 
+    def expert(self, i: int, x: Tensor) -> Tensor:
+        """Expert i alone: (.., d_model) -> (.., d_model)."""
+        both = F.linear(x, self.gate_up_proj[i], self.gate_up_proj_bias[i])
+        return F.linear(clamped_swiglu(both, self.limit, self.alpha), self.down_proj[i], self.down_proj_bias[i])
+
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         numbers = torch.arange(len(rows), device=rows.device, dtype=ends.dtype)
-        expert = torch.searchsorted(ends, numbers, right=True)  # (R,): whose row it is
-        both = biased(grouped_linear(rows, self.gate_up_proj, ends), self.gate_up_proj_bias, expert)
+        expert = torch.searchsorted(ends, numbers, right=True)  # (R,): the expert of each row
+        both = add_bias(grouped_linear(rows, self.gate_up_proj, ends), self.gate_up_proj_bias, expert)
         out = grouped_linear(clamped_swiglu(both, self.limit, self.alpha), self.down_proj, ends)
-        return biased(out, self.down_proj_bias, expert)
+        return add_bias(out, self.down_proj_bias, expert)
 
 
 def clamped_swiglu(both: Tensor, limit: float = 7.0, alpha: float = 1.702) -> Tensor:
@@ -45,6 +52,6 @@ def clamped_swiglu(both: Tensor, limit: float = 7.0, alpha: float = 1.702) -> Te
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
-def biased(rows: Tensor, bias: Tensor, expert: Tensor) -> Tensor:
-    """Rows (R, out) plus each one's expert's bias (E, out). As a lookup: its gradient sums runs of equal rows well."""
+def add_bias(rows: Tensor, bias: Tensor, expert: Tensor) -> Tensor:
+    """Rows (R, out) plus the bias (E, out) of each row's expert, as a lookup: its gradient sums equal rows fast."""
     return rows + F.embedding(expert, bias).to(rows.dtype)

@@ -3,8 +3,8 @@
     S = softmax(x W) over experts        expert i takes the C tokens with the largest S[:, i]        C = c T / E
     y_t = sum over the experts i that took t of S[t, i] expert_i(x_t)
 
-A token may be taken by many experts or by none. Whether it is depends on the scores of all other tokens, the later ones
-too, so a model that uses this in training knows the future and cannot generate: no causal model here has it.
+A token may be taken by many experts or by none. That depends on the scores of all other tokens, the later ones too, so
+a model trained with it uses the future and cannot generate: no causal model here has it.
 
 Mixture-of-Experts with Expert Choice Routing, arXiv 2202.09368. Blog: FFN and MoE.
 """

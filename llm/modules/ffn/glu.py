@@ -1,4 +1,4 @@
-"""Gated linear units: one projection decides, channel by channel, how much of another passes.
+"""Gated linear units: one projection gates the channels of another.
 
     GLU(x) = (act(x W_gate) * (x W_up)) W_down
 
@@ -38,8 +38,8 @@ SwiGLU = partial(GLU, activation=silu)
 
 
 def gated_width(d_ff: int, multiple_of: int = 8) -> int:
-    """The width at which a GLU has the parameters of an MLP of width `d_ff`: 2/3 of it, since 3 matrices stand for 2.
+    """The width at which a GLU has as many parameters as an MLP of width `d_ff`: 2/3 of it, since it has 3 matrices.
 
-    Rounded to the nearest `multiple_of`, which tensor cores want (8 in half precision).
+    It is rounded to the nearest `multiple_of`, since tensor cores want multiples of 8 in half precision.
     """
     return max(1, round(d_ff * 2 / 3 / multiple_of)) * multiple_of

@@ -1,4 +1,4 @@
-"""The textbook feed-forward layer: widen, bend, narrow, at every position alike.
+"""The textbook feed-forward layer: widen, apply a nonlinearity, narrow, the same at every position.
 
     MLP(x) = act(x W_up) W_down
 

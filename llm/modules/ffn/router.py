@@ -1,4 +1,4 @@
-"""Routers: which experts a token goes to, and how much each counts. What keeps them equally busy is in balance.py.
+"""Routers: which experts a token goes to, and how much each counts. balance.py keeps the experts equally busy.
 
     scores = softmax(x W)  or  sigmoid(x W)        chosen = the top k        weight_i = scale * score_i [/ their sum]
 
@@ -17,18 +17,20 @@ Blog: FFN and MoE, routing.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from llm.modules.ffn.balance import Observed
+from llm.modules.ffn.balance import Balanced
+from llm.modules.kernels.precision import full_precision_linear
 
 
-class Router(Observed):
+class Router(Balanced):
     """x (.., d_model) -> experts (.., top_k) int64 and weights (.., top_k), in fp32 (float64 stays).
 
-    normalize     divide the weights by their sum; with top_k = 1 the router would learn from the balance loss only
+    normalize     divide the weights by their sum; with top_k = 1 only the balance loss would then teach the router
     scale         factor of the weights (DeepSeek's routed_scaling_factor)
-    n_groups      the experts stand in groups of n_experts / n_groups, of which a token may use `top_k_groups`
+    n_groups      the experts form n_groups groups of equal size, of which a token may use `top_k_groups`
     aux_loss_coef, z_loss_coef    weights of the two losses in balance.py, which training adds
+
+    Raises ValueError where a token could not find `top_k` different experts.
     """
 
     def __init__(
@@ -63,12 +65,7 @@ class Router(Observed):
 
     def logits(self, x: Tensor) -> Tensor:
         """(.., E), never in half precision: rounding there changes the choice. Switch Transformers, section 2.4."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        if x.is_meta:  # where autocast is not known
-            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+        return full_precision_linear(x, self.weight, self.bias)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Logits (.., E) -> non-negative scores (.., E)."""
@@ -85,6 +82,10 @@ class Router(Observed):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.scale
 
+    def flops(self, context: int) -> float:
+        """FLOPs per token."""
+        return 2 * self.weight.numel()
+
 
 class SoftmaxRouter(Router):
     """Scores that sum to 1: experts compete."""
@@ -94,11 +95,12 @@ class SoftmaxRouter(Router):
 
 
 class SigmoidRouter(Router):
-    """A score of its own for each expert, and a bias that balances without a loss: it moves the choice, never a weight.
+    """An independent score for each expert, and a bias that balances them without a loss.
 
         chosen = top k of (score + expert_bias)      after a step: expert_bias_i += speed * sign(mean load - load_i)
 
-    The bias is a buffer: saved with the weights, changed by `after_step`, seen by no gradient.
+    The bias changes which experts are chosen, never their weights. It is a buffer, saved with the weights: `after_step`
+    changes it, and it has no gradient.
     Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv 2408.15664.
     """
 
@@ -114,15 +116,13 @@ class SigmoidRouter(Router):
         biased = scores.detach() + self.expert_bias
         return best_of_groups(biased, self.n_groups, self.top_k_groups, best=2).topk(self.top_k).indices
 
-    def after_step(self, total: Tensor) -> None:
-        super().after_step(total)
-        load = total[: self.n_experts]
+    def rebalance(self, load: Tensor) -> None:
         self.expert_bias += self.bias_update_speed * (load.mean() - load).sign()
 
 
 def best_of_groups(scores: Tensor, n_groups: int, n_kept: int, best: int) -> Tensor:
-    """Scores (.., E) with -inf outside the `n_kept` best groups of experts. A group is as good as the sum of its `best`
-    scores: 1 in DeepSeek-V2, 2 in DeepSeek-V3. On many machines a group is what one of them holds."""
+    """Scores (.., E) with -inf outside the `n_kept` best groups of experts. A group is judged by the sum of its `best`
+    largest scores: 1 in DeepSeek-V2, 2 in DeepSeek-V3. In training on many machines, each holds one group."""
     if n_groups == 1:
         return scores
     grouped = scores.unflatten(-1, (n_groups, -1))  # (.., G, E / G)

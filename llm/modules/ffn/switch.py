@@ -1,10 +1,10 @@
-"""The Switch router: one expert a token, with room for so many tokens and no more.
+"""The Switch router: one expert a token, and a capacity, which is the most tokens that an expert takes.
 
     y = p_i(x) expert_i(x), i = argmax p(x)        capacity = ceil(capacity_factor * T / E) tokens of each sequence
 
-Every expert has the same buffer, so that each could be computed on a machine of its own. In training, a token that
-comes when its expert is full is dropped: it passes through on the residual stream alone. Outside training nothing is
-dropped. Without the factor p_i(x) the router would get no gradient: an argmax has none.
+Equal capacities give every expert a buffer of the same size, so that each can be computed on its own machine. In
+training, a token whose expert is full is dropped: only the residual stream carries it on. Outside training nothing is
+dropped. The factor p_i(x) gives the router a gradient, which an argmax has not.
 
 Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity, arXiv 2101.03961.
 Blog: FFN and MoE, Switch.
@@ -21,9 +21,9 @@ from llm.modules.ffn.router import SoftmaxRouter
 class SwitchRouter(SoftmaxRouter):
     """x (B, T, d_model) -> experts (B, T, 1) int64 and weights (B, T, 1), 0 where the token is dropped.
 
-    The capacity is counted per sequence, first come first served, so a sequence is treated alike in every batch; the
-    paper's 1.25 counts over a whole batch, where the load varies less. A dropped row is still computed, then counts 0:
-    on one machine fixed shapes are worth more than the few rows saved.
+    The capacity is counted per sequence, first come first served, so the result for a sequence does not depend on its
+    batch. The paper's factor of 1.25 is for a whole batch, where the load varies less. A dropped row is still computed
+    and then multiplied by 0: on one machine fixed shapes are worth more than the few rows saved.
     """
 
     def __init__(self, d_model: int, n_experts: int, *, capacity_factor: float = 2.0, **settings):

@@ -1,19 +1,20 @@
-"""Cross-entropy of a linear head, with its gradient computed on the way forward.
+"""Cross-entropy of a linear head, with its gradient computed in the forward pass.
 
     logits = x W^T                      ce = mean(logsumexp(logits) - logits[target])
     d ce / d logits = (softmax(logits) - onehot(target)) / N
 
-With a large vocabulary the logits are the largest tensor of a training step by far, and only this loss reads them. So
-a block of them is turned into its slope in place, and that at once into its share of d/dx and d/dW: none is kept. Cut
-Your Losses, arXiv 2411.09009, and Liger Kernel, arXiv 2410.10989, do this inside GPU kernels. Blog: Overview.
+With a large vocabulary the logits are by far the largest tensor of a training step, and only this loss reads them. So
+the logits of a block of rows are replaced by their gradient, which is multiplied into d/dx and d/dW before the next
+block is computed: no logits are kept. Cut Your Losses, arXiv 2411.09009, and Liger Kernel, arXiv 2410.10989, do this
+inside GPU kernels. Blog: Overview.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 8192  # rows of logits in memory at once: products of many rows are the fast ones
-SOFTMAX_ROWS = {"cpu": 32}  # rows turned into slopes at once; a CPU's cache holds few, in float32
+BLOCK = 8192  # rows of logits in memory at once: products of many rows are faster
+SOFTMAX_ROWS = {"cpu": 32}  # rows whose gradient is computed at once: few float32 rows fit into a CPU's cache
 
 
 def explicit_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def explicit_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same value and gradients without keeping the logits. Under autocast the products are made in its dtype."""
-    if not torch.is_grad_enabled():  # which the Function could not tell: parameters want gradients all the same
+    if not torch.is_grad_enabled():  # inside the Function, parameters would still seem to need a gradient
         x, weight = x.detach(), weight.detach()
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -31,8 +32,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Forward computes loss and both gradients, backward scales them. Products are made in x's dtype, the gradient of
-    the weight is summed in float32."""
+    """The forward pass computes the loss and both gradients, the backward pass scales them. Products are made in x's
+    dtype; the gradient of the weight is summed in float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
-"""FlexAttention: a mask and what changes the scores become one CUDA kernel that skips the blocks no query sees.
+"""FlexAttention: a mask and a change of the scores become one CUDA kernel, which skips the blocks that no query sees.
 
-A boolean mask computes all T x T scores and throws most away; this computes only the blocks that some query sees, so a
-window costs T x window. Flex Attention: A Programming Model for Generating Optimized Attention Kernels,
-arXiv 2412.05496. Blog: Attention, sparse attention.
+A mask that is written out computes all T x T scores and discards most. This kernel computes only the blocks that some
+query sees, so a window costs T x window. Flex Attention: A Programming Model for Generating Optimized Attention
+Kernels, arXiv 2412.05496. Blog: Attention, sparse attention.
 
-It serves training on CUDA only. Everywhere else, and where this GPU cannot compile it, the mask gives the same result.
-Both functions stay outside an enclosing torch.compile: a kernel that does not fit can then be found out beforehand.
+It is used in training on CUDA only. Elsewhere, and where this GPU cannot compile it, the mask gives the same result.
+Both functions stay outside an enclosing torch.compile, so that whether a kernel compiles can be tried beforehand.
 
-Each mask, shape and gradient mode gets a kernel of its own. After eight of them torch would go on without compiling,
-T x T scores and all, and tell only its log: here there may be KERNELS, and one more is an error.
+Each mask, shape and gradient mode is compiled to its own kernel. After eight of them torch would silently continue
+without compiling, with T x T scores. Here up to KERNELS are allowed, and one more is an error.
 """
 
 import warnings
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
-from llm.modules.masks import Visible, causal
+from llm.modules.attention.core import cap
+from llm.modules.masks import Mask, causal
 
-KERNELS = 256  # as many as torch allows in all; BigBird has a mask in each layer, and each is used in evaluation, too
+KERNELS = 256  # as many as torch allows in all; BigBird has a mask in each layer, for training and for evaluation
 
 
 @torch.compiler.disable
@@ -30,17 +31,17 @@ def flex_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Visible,
+    mask: Mask,
     scale: float | None = None,
-    change: Callable[[Tensor], Tensor] | None = None,
+    soft_cap: float | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(change(q k^T * scale) + bias) v over the visible keys, for positions 0..T-1: q (B, H, T, D), k and v
-    (B, H_kv, T, ..), bias (H, T, T) or (B, H, T, T). The sinks (H,) join each denominator, as in sinks.py."""
+    """`explicit_attention` for positions 0..T-1: q (B, H, T, D), k and v (B, H_kv, T, ..), bias (H, T, T) or
+    (B, H, T, T), sinks (H,)."""
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        score = score if change is None else change(score)
+        score = score if soft_cap is None else cap(score, soft_cap)
         if bias is None:
             return score
         return score + (bias[head, i, j] if bias.dim() == 3 else bias[batch, head, i, j])
@@ -48,20 +49,19 @@ def flex_attention(
     if bias is not None:
         bias = bias.float().contiguous()  # its gradient is summed where it lies
     attend = compiled() if q.is_cuda else torch_flex.flex_attention
-    mask = block_mask(visible, q.shape[2], q.device)
     heads, aux = attend(
         q,
         k,
         v,
-        None if change is None and bias is None else score_mod,
-        mask,
+        None if soft_cap is None and bias is None else score_mod,
+        block_mask(mask, q.shape[2], q.device),
         scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=torch_flex.AuxRequest(lse=sinks is not None),
     )
     if sinks is None:
         return heads
-    share = torch.sigmoid(aux.lse - sinks[:, None])  # of the keys: exp(lse) / (exp(lse) + exp(sink)), (B, H, T)
+    share = torch.sigmoid(aux.lse - sinks[:, None])  # the keys' weight, exp(lse) / (exp(lse) + exp(sink)), (B, H, T)
     return heads * share[..., None].to(heads.dtype)
 
 
@@ -78,8 +78,8 @@ def flex_serves(q: Tensor, k: Tensor, bias: Tensor | None = None, sinks: Tensor 
 def compiles(
     device: torch.device, dtype: torch.dtype, head_dim: int, shared: bool, biased: int = 0, with_sinks: bool = False
 ) -> bool:
-    """Try both kernels, forward and backward, once for each width of head, and once more where query heads share a key
-    head, where there is a bias (of `biased` axes) or a sink: small GPUs lack shared memory for some."""
+    """Try both kernels, forward and backward, once for each of these settings: small GPUs lack shared memory for some.
+    `biased` is the number of axes of the bias, 0 without one."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
             k = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -102,9 +102,9 @@ def compiled() -> Callable[..., Tensor]:
 
 
 @lru_cache(maxsize=64)
-def block_mask(visible: Visible, length: int, device: torch.device) -> torch_flex.BlockMask:
+def block_mask(mask: Mask, length: int, device: torch.device) -> torch_flex.BlockMask:
     """Which blocks of 128 x 128 scores are seen in full, in part or not at all."""
     with torch.inference_mode(False):  # else a mask made while evaluating could not be used in training
         return torch_flex.create_block_mask(
-            lambda batch, head, i, j: visible(i, j), None, None, length, length, device=device
+            lambda batch, head, i, j: mask.visible(i, j), None, None, length, length, device=device
         )

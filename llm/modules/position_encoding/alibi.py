@@ -1,8 +1,9 @@
-"""ALiBi: the farther a key, the lower its score, by a slope that is fixed for each head; embeddings hold no positions.
+"""ALiBi: scores fall linearly with the distance, with a fixed slope for each head; embeddings hold no positions.
 
     score(i, j) = q_i . k_j / sqrt(d) - m_h (i - j)        m_h = 2^(-8 h / n_heads),  h = 1 .. n_heads
 
-Steep heads look near, flat ones far, at any length: a model trained short can be read longer.
+Heads with a steep slope attend to near keys, those with a flat one to far keys, at any length: a model trained on short
+texts can read longer ones.
 Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation, arXiv 2108.12409, section 3.
 Blog: Position encoding, ALiBi.
 """
@@ -12,9 +13,9 @@ from torch import Tensor
 
 
 def alibi(q_pos: Tensor, k_pos: Tensor, n_heads: int) -> Tensor:
-    """What is added to the scores: positions (T,) and (S,) -> (H, T, S), positions (B, T) and (B, S) -> (B, H, T, S).
+    """The bias of the scores in fp32: positions (T,) and (S,) -> (H, T, S), or (B, T) and (B, S) -> (B, H, T, S).
 
-    In fp32. `functools.partial(alibi, n_heads=..)` is a `score_bias`.
+    `functools.partial(alibi, n_heads=..)` is a `score_bias`.
     """
     distance = q_pos[..., None, :, None] - k_pos[..., None, None, :]
     return -alibi_slopes(n_heads, q_pos.device)[:, None, None] * distance
@@ -23,8 +24,8 @@ def alibi(q_pos: Tensor, k_pos: Tensor, n_heads: int) -> Tensor:
 def alibi_slopes(n_heads: int, device: torch.device | None = None) -> Tensor:
     """(n_heads,) in fp32: a geometric sequence from 2^(-8 / n) down to 2^-8.
 
-    Where n_heads is no power of two, the n heads of the next lower one come first; the others take the slopes halfway
-    (in the exponent) before the first, before the second, .., as the authors do.
+    Where n_heads is no power of two, the slopes for the next lower power of two come first. The other heads take the
+    slopes halfway (in the exponent) before the first, before the second, .., as the authors do.
     """
     n = 1 << (n_heads.bit_length() - 1)
     head = torch.arange(n_heads, device=device)

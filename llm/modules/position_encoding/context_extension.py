@@ -1,21 +1,20 @@
 """Longer contexts: how a model trained with RoPE up to some length reads texts `factor` times as long.
 
-A pair of channels that turns f radians per token sees, beyond the trained length L, angles it never met if it did not
-complete a turn in L tokens. Each method below answers with other frequencies, f' (d is the number of turned channels):
+RoPE rotates a pair of channels by f radians per token. A pair that does not complete a turn within the trained length L
+meets new angles beyond L. Each method below replaces f by f' (d is the number of rotated channels):
 
 | method               | f'                                                                                          |
 |----------------------|---------------------------------------------------------------------------------------------|
-| linear interpolation | f / factor: old angles, but neighbouring tokens come closer                                 |
-| NTK-aware            | theta' = theta factor^(d / (d - 2)): the slowest pair as above, the fastest as before       |
-| dynamic NTK          | the same with what a text of n tokens needs: growth n / L for factor, and 1 up to L         |
-| YaRN                 | f above beta_fast turns in L tokens, f / factor below beta_slow, a ramp over i between;     |
-|                      | and scores times (0.1 ln(factor) + 1)^2, since longer texts flatten the softmax             |
+| linear interpolation | f / factor: no new angles, but the angles of neighbouring tokens differ less                |
+| NTK-aware            | theta' = theta factor^(d / (d - 2)): the slowest pair f / factor, the fastest f             |
+| dynamic NTK          | the same with growth(n) in place of factor for a text of n > L tokens; f up to L            |
+| YaRN                 | f above beta_fast turns in L tokens, f / factor below beta_slow, a ramp in between;         |
+|                      | scores times (0.1 ln(factor) + 1)^2, since the softmax over a longer text is flatter        |
 | Llama 3              | f above high_freq_factor turns, f / factor below low_freq_factor, linear in turns between   |
 
-A scaling is called with (rotary_dim, theta, positions) and gives the inverse frequencies (rotary_dim / 2,) in fp32 and
-a factor of all cosines and sines, so that `RoPE(head_dim, theta, scaling=YaRN(factor=4, original_length=512))` is all.
-No scaling has weights: a trained model is read longer by building it again with one. Blog: Position encoding, longer
-context.
+A scaling is called with (rotary_dim, theta, positions). It returns the frequencies (rotary_dim / 2,) in fp32 and a
+factor of all cosines and sines: `RoPE(head_dim, theta, scaling=YaRN(factor=4, original_length=512))`. No scaling has
+weights: to read longer texts, a trained model is built again with a scaling. Blog: Position encoding, longer context.
 """
 
 import math
@@ -42,7 +41,7 @@ class LinearInterpolation:
 
 @dataclass(frozen=True)
 class NTKAware:
-    """A larger base. Told in section 3.1 of YaRN, arXiv 2309.00071, after posts by bloc97 on Reddit."""
+    """A larger base. Described in section 3.1 of YaRN, arXiv 2309.00071, after posts by bloc97 on Reddit."""
 
     factor: float
 
@@ -55,15 +54,15 @@ class NTKAware:
 
 @dataclass(frozen=True)
 class DynamicNTK:
-    """NTKAware by what the text at hand needs. Its length n is the largest position of the call + 1:
+    """NTKAware for the length n of the text at hand, which is the largest position of the call + 1:
 
         growth = factor n / L - (factor - 1) for n > L, else 1        theta' = theta growth^(d / (d - 2))
 
     With factor 1 that is max(1, n / L), the form of the paper: YaRN, arXiv 2309.00071, section 3.3, after a post by
-    emozilla on Reddit. Other factors are the form of transformers and its checkpoints (rope_type "dynamic") and grow
+    emozilla on Reddit. Other factors are the form of transformers and its checkpoints (rope_type "dynamic"), which grow
     faster: with factor 4 a text of 4 L has growth 13, not 4.
 
-    Keys in a cache were turned by the base of their time: decoding through one is not what the whole text gives.
+    Keys in a cache were rotated by the base of an earlier length, so decoding differs from computing the whole text.
     """
 
     factor: float
@@ -73,7 +72,9 @@ class DynamicNTK:
         check(self, "factor", "original_length")
 
     def __call__(self, dim: int, theta: float, positions: Tensor) -> tuple[Tensor, float]:
-        length = (positions.max() + 1).clamp(min=self.original_length)  # a tensor: the device need not wait
+        length = (positions.max() + 1).clamp(
+            min=self.original_length
+        )  # a tensor: the host need not wait for the device
         growth = self.factor * length / self.original_length - (self.factor - 1)
         return inverse_frequencies(dim, larger_base(theta, growth, dim), positions.device), 1.0
 
@@ -82,10 +83,11 @@ class DynamicNTK:
 class YaRN:
     """YaRN: Efficient Context Window Extension of Large Language Models, arXiv 2309.00071, sections 3.2 and 3.4.
 
-    truncate                round the ends of the ramp outwards to whole channels; GPT-OSS does not
-    attention_factor        of cosines and sines, so its square is that of scores; 0.1 ln(factor) + 1 if not given
-    mscale, mscale_all_dim  DeepSeek's: attention_factor is the ratio of `yarn_mscale` for the two where both are given;
-                            its attention multiplies its scores by yarn_mscale(factor, mscale_all_dim)^2 itself
+    truncate                round the ends of the ramp outwards to whole pairs; GPT-OSS does not
+    attention_factor        multiplies cosines and sines, so scores by its square; 0.1 ln(factor) + 1 if not given
+    mscale, mscale_all_dim  DeepSeek's two settings: with both, attention_factor is the ratio of their `yarn_mscale`,
+    and
+                            DeepSeek's attention multiplies its scores by yarn_mscale(factor, mscale_all_dim)^2
     """
 
     factor: float
@@ -110,7 +112,7 @@ class YaRN:
         return 1 / (self.factor * wavelengths) * (1 - kept) + 1 / wavelengths * kept, self.temperature()
 
     def ramp(self, dim: int, theta: float) -> tuple[float, float]:
-        """The pairs between which frequencies pass from kept to interpolated."""
+        """The pair indices at which the ramp starts and ends."""
         first = pair_that_turns(self.beta_fast, self.original_length, dim, theta)
         last = pair_that_turns(self.beta_slow, self.original_length, dim, theta)
         if self.truncate:
@@ -129,9 +131,9 @@ class YaRN:
 @dataclass(frozen=True)
 class Llama3Bands:
     """Fast pairs kept, slow ones interpolated, from Llama 3.1 on: `apply_scaling` in Meta's own code (meta-llama/
-    llama-models, models/llama3/model.py). Of the paper, The Llama 3 Herd of Models, arXiv 2407.21783, sections 3.2 and
-    3.4.2 on long contexts tell of theta = 500,000 and of no bands. Published values are factor 8 (32 in 3.2),
-    low_freq_factor 1, high_freq_factor 4 and original_length 8192."""
+    llama-models, models/llama3/model.py). The paper, The Llama 3 Herd of Models, arXiv 2407.21783, describes theta =
+    500,000 in sections 3.2 and 3.4.2, but not the bands. Published values are factor 8 (32 in 3.2), low_freq_factor 1,
+    high_freq_factor 4 and original_length 8192."""
 
     factor: float
     original_length: int
@@ -166,7 +168,7 @@ def pair_that_turns(n_turns: float, length: int, dim: int, theta: float) -> floa
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """0.1 mscale ln(factor) + 1, the root of YaRN's factor of the scores; 1 where nothing is extended."""
+    """0.1 mscale ln(factor) + 1, whose square is YaRN's factor of the scores; 1 where the context is not extended."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

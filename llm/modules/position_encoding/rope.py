@@ -1,10 +1,10 @@
-"""Rotary position embedding (RoPE): turn each pair of query and key channels by an angle that grows with the position.
+"""Rotary position embedding (RoPE): rotate each pair of query and key channels by an angle that grows with position.
 
     (a, b) -> (a cos(p f_i) - b sin(p f_i),  a sin(p f_i) + b cos(p f_i))        f_i = theta^(-2i / d), i < d / 2
 
-Turning q by its position m and k by its position n leaves in q . k only the difference m - n, and every norm as it was.
-The paper pairs neighbouring channels (2i, 2i + 1): `interleaved`. Published checkpoints mostly pair channel i with
-i + d/2, the same up to a fixed order of the rows of the query and key projections: that is the default.
+With q rotated by its position m and k by its position n, q . k depends on m - n only, and no norm changes. The paper
+pairs neighbouring channels (2i, 2i + 1): `interleaved`. Most published checkpoints pair channel i with i + d/2, which
+only reorders the rows of the query and key projections: that is the default.
 
 RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv 2104.09864, section 3.2.
 Blog: Position encoding, RoPE.
@@ -20,15 +20,16 @@ Scaling = Callable[[int, float, Tensor], tuple[Tensor, float]]
 
 
 class RoPE(nn.Module):
-    """Rotate x (B, T, H, head_dim) by positions (T,) or (B, T): same shape and dtype, and (p, h) turned by p alone.
+    """Rotate x (B, T, H, head_dim) by positions (T,) or (B, T): same shape and dtype, all heads alike.
 
     theta        base of the frequencies: the longest wavelength is nearly 2 pi theta tokens
-    rotary_dim   only the first rotary_dim channels turn, the others pass; all where it is not given
+    rotary_dim   only the first rotary_dim channels are rotated; all where it is not given
     interleaved  pair channels 2i and 2i + 1, not i and i + rotary_dim / 2
     scaling      other frequencies for longer texts: see llm/modules/position_encoding/context_extension.py
 
-    There is nothing to save, to load or to cast: angles are computed in fp32 at each call, since bf16 cannot tell
-    position 256 from 257. The rotation is fp32, too (float64 for float64 input), and rounded once to x's dtype.
+    It has no parameters and no buffers: angles are computed in fp32 at each call, since bf16 cannot tell position 256
+    from 257. The rotation is fp32, too (float64 for float64 input), and rounded once to x's dtype. Raises ValueError
+    for an odd rotary_dim, one wider than the head, or a theta that is not positive.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ def inverse_frequencies(dim: int, theta: float | Tensor, device: torch.device | 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn the first 2n channels of x (.., D) by angles whose cos and sin (.., n) broadcast to it; the rest passes.
+    """Rotate the first 2n channels of x (.., D) by angles whose cos and sin (.., n) broadcast to it.
 
-    `rotate(y, cos, -sin)` turns back.
+    The other channels stay as they are. `rotate(y, cos, -sin)` is the inverse.
     """
     turned, rest = x.tensor_split([2 * cos.shape[-1]], -1)
     a, b = turned.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)

@@ -1,10 +1,9 @@
-"""T5's relative bias: each head learns how much it likes each distance, with far distances lumped together.
+"""T5's relative bias: each head learns a number for each distance; far distances share buckets.
 
     score(i, j) = q_i . k_j + b_h[bucket(i - j)]        (T5 does not divide by sqrt(d))
 
-Half of the buckets hold one distance each, the other half grow geometrically up to `max_distance`; all beyond share the
-last. T5 shares one table between its layers; here each layer owns one, which lets layers differ and costs
-n_buckets x n_heads numbers each.
+Half of the buckets hold one distance each. The others grow geometrically up to `max_distance`; all larger distances
+share the last. T5 shares one table between its layers; here each layer has its own n_buckets x n_heads numbers.
 
 Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, arXiv 1910.10683, section 2.1.
 Blog: Position encoding, relative.
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 
 class T5Bias(nn.Module):
-    """What is added to the scores: positions (T,) and (S,) -> (H, T, S), positions (B, T) and (B, S) -> (B, H, T, S).
+    """The bias of the scores: positions (T,) and (S,) -> (H, T, S), positions (B, T) and (B, S) -> (B, H, T, S).
 
     Raises ValueError for fewer than two buckets and for a `max_distance` that the exact ones reach.
     """

@@ -1,0 +1,91 @@
+"""Write a file whole or not at all, fingerprint it, and compare the tensors in a file with those of a model."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from io import IOBase
+from pathlib import Path
+from typing import BinaryIO
+
+Shape = tuple[int, ...]
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # numbers of the errors that say so
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """Yield an empty file that replaces `target` when the block ends; after an error `target` stays as it was.
+
+    The new file has a name of its own beside `target` until all of it is on the disk. So a reader finds the old content
+    or the new, and several processes may write the same target. What killed processes left behind is removed.
+    """
+    remove_leftovers(target)
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):  # some network disks know no locks
+                lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the content of `path`, all or nothing."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove the temporary files of `target` that no living process has locked."""
+    for path in target.parent.glob(f"{target.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            with open(path, "rb") as file:
+                lock(file)
+            path.unlink()
+
+
+def lock(file: IOBase) -> None:
+    """Lock an open file until it is closed or its process dies. Raises OSError where another process holds the lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows locks bytes: one far behind the text, which others must be able to read
+        import msvcrt
+
+        file.seek(1 << 20)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        file.seek(0)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, int | str]:
+    """Size in bytes and SHA-256 of a file: enough to tell whether it is still what was written."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def tensor_problems(found: Mapping[str, Shape], wanted: Mapping[str, Shape], ignore: str = "") -> list[str]:
+    """Compare names and shapes of stored tensors with those of a model: a line for each kind of difference.
+
+    `ignore` is a regular expression of names that may be found though they are not wanted. Each line names six tensors
+    at most: six tell which part of the model differs, sixty hide it.
+    """
+    common = sorted(wanted.keys() & found.keys())
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "left over": sorted(name for name in found.keys() - wanted.keys() if not re.fullmatch(ignore, name)),
+        "of another shape": [f"{n} {found[n]}, not {wanted[n]}" for n in common if found[n] != wanted[n]],
+    }
+    return [f"  {len(names)} {kind}: {'; '.join(names[:6])}" for kind, names in problems.items() if names]

@@ -1,0 +1,28 @@
+"""Questions about where and how a tensor is computed: precision, autocast, host or device."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products with x: autocast's, or x's own."""
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):  # autocast does not know the meta device
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def full_precision_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (.., in) times weight (out, in) plus bias, in fp32 (float64 stays) also under autocast: -> (.., out)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.is_meta:
+        return F.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight, bias)
+
+
+def is_remote(x: Tensor) -> bool:
+    """Whether reading values of x from Python would make the host wait for a GPU, or break a compiled graph."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()

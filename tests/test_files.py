@@ -1,0 +1,72 @@
+"""A file is replaced whole or not at all, by one process or by several, and whatever kills them."""
+
+import multiprocessing
+import os
+
+import pytest
+
+from llm.files import fingerprint, replacing, sha256, tensor_problems, write_atomically
+
+
+def test_readers_see_the_old_content_until_the_new_is_whole(tmp_path):
+    target = tmp_path / "config.json"
+    write_atomically(target, b"old")
+    with replacing(target) as file:
+        file.write(b"new, and longer")
+        assert target.read_bytes() == b"old"
+    assert target.read_bytes() == b"new, and longer"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path):
+    target = tmp_path / "config.json"
+    write_atomically(target, b"old")
+    with pytest.raises(RuntimeError), replacing(target) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    assert target.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomically(tmp_path / "replaced", b"")
+    assert (tmp_path / "replaced").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def write_and_wait(target, written, go_on):
+    with replacing(target) as file:
+        file.write(b"first")
+        written.set()
+        go_on.wait()
+
+
+def test_two_processes_may_write_the_same_file_and_a_killed_one_leaves_nothing(tmp_path):
+    fork, target = multiprocessing.get_context("fork"), tmp_path / "tokens.npy"
+    for killed in (False, True):
+        written, go_on = fork.Event(), fork.Event()
+        other = fork.Process(target=write_and_wait, args=(target, written, go_on))
+        other.start()
+        written.wait()
+        write_atomically(target, b"second")
+        assert target.read_bytes() == b"second" and len(list(tmp_path.iterdir())) == 2
+        other.kill() if killed else go_on.set()
+        other.join()
+        assert target.read_bytes() == (b"second" if killed else b"first")
+    write_atomically(target, b"third")
+    assert os.listdir(tmp_path) == ["tokens.npy"]
+
+
+def test_a_fingerprint_is_size_and_sha256(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert sha256(tmp_path / "file").startswith("ba7816bf8f01cfea")
+    assert fingerprint(tmp_path / "file") == {"bytes": 3, "sha256": sha256(tmp_path / "file")}
+
+
+def test_what_differs_between_tensors_is_named_six_at_most():
+    wanted = {f"layer.{n}": (2, n) for n in range(9)} | {"norm": (2,)}
+    found = {"layer.0": (2, 0), "norm": (3,), "old": (1,), "mask": (4,)}
+    assert tensor_problems(found, found) == []
+    missing, left_over, shape = tensor_problems(found, wanted, ignore="mask|table")
+    assert missing == "  8 missing: layer.1; layer.2; layer.3; layer.4; layer.5; layer.6"
+    assert left_over == "  1 left over: old"
+    assert shape == "  1 of another shape: norm (3,), not (2,)"
