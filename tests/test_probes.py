@@ -1,0 +1,126 @@
+"""Each probe against a checker of its own: the targets are those that the tokens decide, and nothing else."""
+
+import random
+from itertools import permutations
+
+import pytest
+import torch
+
+from llm.analysis.probes import TASKS, UNDECIDED, draw, multiplication_table, needle
+
+LENGTH, ROWS = 64, 16
+
+
+def texts(name, length=LENGTH):
+    """Rows of (tokens, targets) as lists."""
+    tokens, targets = draw(TASKS[name], seed=1, step=2, batch_size=ROWS, length=length)
+    assert tokens.shape == targets.shape and tokens.shape[1] <= length
+    assert tokens.min() >= 0 and tokens.max() < TASKS[name].vocab_size
+    return list(zip(tokens.tolist(), targets.tolist(), strict=True))
+
+
+def by_lookup(tokens, width, n_keys, period):
+    """Values of keys seen before, by a dictionary; None where the text does not decide the next token."""
+    known, found = {}, []
+    groups = [tokens[i : i + period] for i in range(0, len(tokens), period)]
+    for group in groups:
+        key, value = tuple(group[:width]), group[width : 2 * width]
+        answers = known.get(key)
+        found += [None] * (width - 1) + (list(answers) if answers else [None] * width)
+        found += [None] * (period - 2 * width + 1)
+        known.setdefault(key, value)
+    return found[: len(tokens)]
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "n_keys", "period"),
+    [("recall", 1, 64, 2), ("noisy_recall", 1, 32, 4), ("fuzzy_recall", 2, 16, 4)],
+)
+def test_recall_is_decided_by_a_dictionary(name, width, n_keys, period):
+    for tokens, targets in texts(name):
+        found = by_lookup(tokens, width, n_keys, period)
+        for target, answer in zip(targets, found, strict=True):
+            assert target == (UNDECIDED if answer is None else answer)
+        assert any(target != UNDECIDED for target in targets)
+
+
+def test_selective_copy_repeats_the_symbols_and_skips_the_blanks():
+    for tokens, targets in texts("selective_copy"):
+        end = tokens.index(15)
+        assert [target for target in targets if target != UNDECIDED] == [t for t in tokens[:end] if t != 14]
+        assert all(target == UNDECIDED for target in targets[:end])
+
+
+def test_copy_repeats_the_string():
+    for tokens, targets in texts("copy"):
+        end = tokens.index(30)
+        assert targets[end:] == tokens[:end] and set(targets[:end]) == {UNDECIDED}
+
+
+def test_parity_is_the_sum_so_far():
+    for tokens, targets in texts("parity"):
+        assert targets == [sum(tokens[: t + 1]) % 2 for t in range(len(tokens))]
+
+
+@pytest.mark.parametrize(("name", "n"), [("s3", 3), ("s5", 5)])
+def test_products_apply_one_permutation_after_the_other(name, n):
+    elements = list(permutations(range(n)))
+    for tokens, targets in texts(name):
+        things = list(range(n))
+        for token, target in zip(tokens, targets, strict=True):
+            things = [elements[token][thing] for thing in things]
+            assert elements[target] == tuple(things)
+
+
+def test_permutations_form_a_group_that_does_not_commute():
+    table = multiplication_table(3)
+    assert torch.equal(table[0], torch.arange(6)) and torch.equal(table[:, 0], torch.arange(6))
+    assert all(sorted(row) == list(range(6)) for row in [*table.tolist(), *table.T.tolist()])
+    assert not torch.equal(table, table.T)
+
+
+def test_the_needle_is_found_by_looking_for_its_mark():
+    for tokens, targets in texts("needle"):
+        assert tokens.count(16) == 2 and set(targets[:-1]) == {UNDECIDED}
+        assert targets[-1] == tokens[tokens.index(16) + 1] < 16
+
+
+@pytest.mark.parametrize("distance", [1, 20, 60])
+def test_the_needle_may_have_a_given_distance(distance):
+    tokens, _ = needle(torch.Generator().manual_seed(0), 8, LENGTH, 16, distance)
+    assert all(len(row) - 1 - row.index(16) - 1 == distance for row in tokens.tolist())
+
+
+def test_induction_repeats_what_followed_last_time():
+    for tokens, targets in texts("induction"):
+        first = tokens.index(tokens[-1])
+        assert first < len(tokens) - 1 and targets[-1] == tokens[first + 1]
+        assert set(targets[:-1]) == {UNDECIDED}
+
+
+def test_nested_brackets_close_as_a_stack_says():
+    for tokens, targets in texts("nested"):
+        stack = []
+        for token, target in zip(tokens, targets, strict=True):
+            if token < 2:
+                stack.append(token)
+            elif token == 4:
+                assert target == 2 + stack.pop()
+            assert (token == 4) == (target != UNDECIDED) and len(stack) <= 8
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_guess_among_the_answers_is_right_as_often_as_chance_says(name):
+    targets = torch.cat([draw(TASKS[name], 1, step, ROWS, LENGTH)[1].flatten() for step in range(100)])
+    targets = targets[targets != UNDECIDED].tolist()
+    answers, guess = sorted(set(targets)), random.Random(0)
+    right = sum(guess.choice(answers) == target for target in targets) / len(targets)
+    assert right == pytest.approx(TASKS[name].chance, rel=0.5)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_texts_are_a_function_of_seed_and_step(name):
+    one, again, other = (draw(TASKS[name], 1, step, 4, LENGTH) for step in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[0], other[0])
+    assert draw(TASKS[name], 1, 5, 4, 4 * LENGTH)[0].shape[1] > 3 * LENGTH

@@ -1,0 +1,204 @@
+"""Train models on small synthetic tasks that tell architectures apart, and show what each can do.
+
+    python train_scripts/probe.py --models baseline rope --tasks recall parity
+    python train_scripts/probe.py --quick                                     # minutes
+
+Each run is a line of JSON in `--out`; what is there is not run again, so an interrupted command goes on where it was.
+The table and the heat map show the best learning rate of each model. The tasks: llm/analysis/probes.py.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from llm.analysis.probes import TASKS, UNDECIDED, draw
+from llm.config import TrainConfig
+from llm.files import write_atomically
+from llm.models import MODELS
+from llm.training.optim import learning_rate, make_optimizer
+
+LSTM = "lstm"  # no language model of ours, as a control: it keeps a state through time
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train each model on each task, and write accuracy at the trained length and beyond."""
+
+    models: tuple[str, ...] = ("baseline", "rope", "alibi", "nope", "sliding_window", LSTM)
+    """Names of MODELS, or lstm."""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Names of llm/analysis/probes.py."""
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    """Learning rates; each model is shown at its best one."""
+    seeds: int = 1
+    """Runs of each model, task and rate."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Texts in a step; every step has new ones."""
+    length: int = 64
+    """Tokens of a text in training."""
+    longer: tuple[int, ...] = (1, 2, 4)
+    """Multiples of that length at which accuracy is measured."""
+    d_model: int = 64
+    """Width of the models."""
+    n_layers: int = 2
+    """Blocks of the models."""
+    out: Path = Path("docs/results/probes.jsonl")
+    """A line of JSON for each run; table and picture are written beside it."""
+    quick: bool = False
+    """One rate and 300 steps."""
+
+
+class Lstm(nn.Module):
+    """Embedding, LSTM and head, with the methods of a model that this script calls."""
+
+    def __init__(self, vocab_size: int, d_model: int, n_layers: int):
+        super().__init__()
+        self.blocks = nn.ModuleList()  # none of the kind that Muon looks for
+        self.embed, self.head = nn.Embedding(vocab_size, d_model), nn.Linear(d_model, vocab_size)
+        self.lstm = nn.LSTM(d_model, d_model, n_layers, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(tokens))[0])
+
+    def pop_losses(self) -> list[Tensor]:
+        return []
+
+    def after_step(self) -> None:
+        pass
+
+
+def make_model(name: str, vocab_size: int, a: Arguments) -> nn.Module:
+    """A model at the size of the probes, with a context for the longest texts."""
+    if name == LSTM:
+        return Lstm(vocab_size, a.d_model, a.n_layers)
+    Config = MODELS[name].Config
+    widths = {key: Config.small[key] * a.d_model // Config.small["d_model"] for key in ("d_ff",) if key in Config.small}
+    context = {"max_seq_len": max(a.longer) * a.length, "vocab_size": vocab_size}
+    return MODELS[name](Config(**{**Config.small, **widths, **context, "d_model": a.d_model, "n_layers": a.n_layers}))
+
+
+def train(name: str, task: str, rate: float, seed: int, a: Arguments) -> dict[str, float]:
+    """Accuracy on new texts after training, by multiple of the trained length."""
+    torch.manual_seed(seed)
+    model = make_model(name, TASKS[task].vocab_size, a)
+    config = TrainConfig(max_lr=rate, min_lr=rate / 10, steps=a.steps, warmup_steps=a.steps // 10, weight_decay=0.1)
+    optimizer = make_optimizer(model, config)
+    bar = tqdm(range(1, a.steps + 1), desc=f"{name}, {task}, rate {rate:g}, seed {seed}", leave=False)
+    for step in bar:
+        tokens, targets = draw(TASKS[task], seed, step, a.batch_size, a.length)
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=UNDECIDED)
+        sum([loss, *model.pop_losses()]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return {str(times): accuracy(model.eval(), task, seed, times * a.length) for times in a.longer}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: str, seed: int, length: int, n_texts: int = 256) -> float:
+    """The share of targets that are the likeliest token, on texts that training did not draw (step 0 and below)."""
+    tokens, targets = draw(TASKS[task], seed, -length, n_texts, length)
+    decided = targets != UNDECIDED
+    found = torch.cat([model(part).argmax(-1) for part in tokens.split(32)])
+    return (found == targets)[decided].double().mean().item()
+
+
+def read_runs(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def missing_runs(a: Arguments, found: list[dict]) -> Iterator[dict]:
+    """What identifies each run that is not there yet."""
+    budget = {"steps": a.steps, "batch_size": a.batch_size, "length": a.length}
+    sizes = {"d_model": a.d_model, "n_layers": a.n_layers}
+    for task, model, rate, seed in product(a.tasks, a.models, a.rates, range(a.seeds)):
+        run = {"task": task, "model": model, "rate": rate, "seed": seed, **budget, **sizes}
+        if not any(run.items() <= line.items() for line in found):
+            yield run
+
+
+def best(runs: list[dict], model: str, task: str, times: str) -> float | None:
+    """The mean over seeds at the rate with the highest accuracy at the trained length."""
+    rates: dict[float, list[dict]] = {}
+    for run in runs:
+        if (run["model"], run["task"]) == (model, task):
+            rates.setdefault(run["rate"], []).append(run["accuracy"])
+    means = [{n: sum(r[n] for r in rows) / len(rows) for n in rows[0]} for rows in rates.values()]
+    return max(means, key=lambda row: row["1"]).get(times) if means else None
+
+
+def report(runs: list[dict], a: Arguments) -> None:
+    """Write a Markdown table and a heat map of accuracies, models by tasks, for each length."""
+    tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
+    models = list(dict.fromkeys(run["model"] for run in runs))
+    lines = []
+    figure = Figure(figsize=(1.5 + 0.62 * len(tasks) * len(a.longer), 1.8 + 0.28 * len(models)), dpi=130)
+    panels = figure.subplots(1, len(a.longer), sharey=True, squeeze=False)[0]
+    for times, panel in zip(map(str, a.longer), panels, strict=True):
+        values = [[best(runs, model, task, times) for task in tasks] for model in models]
+        lines += [f"Texts of {times} times the trained length, accuracy in percent:", ""]
+        lines += ["| model | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+        rows = zip(models, values, strict=True)
+        lines += [
+            f"| {m} | " + " | ".join("" if v is None else f"{100 * v:.0f}" for v in row) + " |" for m, row in rows
+        ]
+        lines += [f"| chance | {' | '.join(f'{100 * TASKS[task].chance:.0f}' for task in tasks)} |", ""]
+        shown = torch.tensor([[float("nan") if v is None else v for v in row] for row in values])
+        panel.imshow(shown, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        panel.set_title(f"{times} x trained length", fontsize=9)
+        panel.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", fontsize=8)
+        panel.set_yticks(range(len(models)), models, fontsize=8)
+    figure.savefig(picture := a.out.with_suffix(".png.tmp"), format="png", bbox_inches="tight")
+    picture.replace(a.out.with_suffix(".png"))
+    write_atomically(a.out.with_suffix(".md"), "\n".join(lines).encode())
+    print("\n".join(lines))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    a = tyro.cli(Arguments, args=arguments)
+    if a.quick:
+        a = tyro.cli(Arguments, args=arguments, default=Arguments(rates=(3e-3,), steps=300))
+    unknown = [name for name in a.models if name not in (*MODELS, LSTM)] + [
+        name for name in a.tasks if name not in TASKS
+    ]
+    if unknown:
+        sys.exit(
+            f"error: nothing is called {', '.join(unknown)}; models: {', '.join(MODELS)}; tasks: {', '.join(TASKS)}"
+        )
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    found = read_runs(a.out)
+    todo = list(missing_runs(a, found))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    for number, run in enumerate(todo, 1):
+        start = time.perf_counter()
+        result = train(run["model"], run["task"], run["rate"], run["seed"], a)
+        seconds = round(time.perf_counter() - start, 1)
+        line = {**run, "accuracy": result, "seconds": seconds, "commit": commit.stdout.strip(), "device": "cpu"}
+        with open(a.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        found.append(line)
+        shown = ", ".join(f"{value:.0%} at {times} x" for times, value in result.items())
+        print(f"[{number}/{len(todo)}] {run['model']}, {run['task']}: {shown} ({seconds:.0f} s)", flush=True)
+    report(found, a)
+
+
+if __name__ == "__main__":
+    main()
