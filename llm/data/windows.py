@@ -1,10 +1,10 @@
 """Batches of windows as a pure function of (seed, step, rank).
 
 Window i of T targets is `tokens[i * T : i * T + T + 1]`: the model reads the first T tokens and predicts the last T.
-An epoch visits every window once, in the order of a permutation seeded by (seed, epoch). The epochs one after another
-form the stream of windows, and optimizer step s takes its positions s G .. s G + G - 1, where G is the number of
-windows in a global batch. So resuming needs a step number and no loader state, and several ranks together read the
-windows that one rank alone would read.
+An epoch visits every window once, in the order of a permutation seeded by (seed, epoch). The concatenated epochs form
+the stream of windows. Optimizer step s, counted from 0, reads positions s G .. s G + G - 1 of the stream, where G is
+the number of windows in a global batch. So resuming needs the step number but no data loader state, and several ranks
+together read the same windows as one rank alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from llm.data.prefetch import prefetch
 
 
 def count_windows(tokens: np.ndarray, seq_len: int) -> int:
-    """Return how many windows an epoch has; ValueError where not one fits."""
+    """Return the number of windows in an epoch. Raises ValueError if there are too few tokens for one."""
     if len(tokens) <= seq_len:
         raise ValueError(
             f"the data hold {len(tokens):,} tokens, and one window of {seq_len} needs {seq_len + 1}: "
@@ -27,7 +27,7 @@ def count_windows(tokens: np.ndarray, seq_len: int) -> int:
     return (len(tokens) - 1) // seq_len
 
 
-@lru_cache(maxsize=2)  # one step may need windows of two epochs
+@lru_cache(maxsize=2)  # a step may need windows from two epochs
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of the n windows in an epoch, int64 (n,)."""
     return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(n)
@@ -47,9 +47,9 @@ def windows(tokens: np.ndarray, seq_len: int, seed: int, start: int, count: int)
 
 
 def eval_windows(tokens: np.ndarray, seq_len: int, n_windows: int) -> Tensor:
-    """Return the windows to evaluate on, int64 (n, seq_len + 1), always the same ones, evenly spread over the text.
+    """Return the evaluation windows, int64 (n, seq_len + 1): always the same ones, evenly spread over the text.
 
-    No two have a target in common. n is `n_windows`, or the number of all windows where there are fewer.
+    No two windows share a target. n is `n_windows`, or the number of all windows if there are fewer.
     """
     total = count_windows(tokens, seq_len)
     n = min(n_windows, total)
@@ -71,10 +71,10 @@ def step_batches(
 ) -> Iterator[list[tuple[int, Tensor]]]:
     """Yield, for each step of `range(first_step, last_step)`, the micro-batches of this rank.
 
-    A micro-batch is (its index in the global batch, int64 (micro_batch_size, seq_len + 1)). Rank r of W has the indices
-    r, r + W, r + 2 W, ... `to_device` moves the batch of a step to where it is used. A thread reads and moves the next
-    batch while the caller uses the last one; its errors are raised here.
-    Raises ValueError where the global batch does not divide or no window fits.
+    A micro-batch is (its index in the global batch, windows int64 (micro_batch_size, seq_len + 1)). Rank r of W has the
+    indices r, r + W, r + 2 W, ... `to_device` moves the batch of a step to its device. A thread prepares the next batch
+    while the caller uses the current one; its errors are raised here. Raises ValueError if the global batch does not
+    divide evenly among ranks and micro-batches, or if there are too few tokens for one window.
     """
     if windows_per_step % (micro_batch_size * world_size):
         raise ValueError(

@@ -1,9 +1,9 @@
-"""How a model of ours and its published checkpoint correspond: tables of tensors and of fields, read both ways.
+"""Tables that map tensors and config fields of our models to those of published checkpoints, in both directions.
 
-The tables of each family stand in llm/hub/maps/. This file says what they mean and applies them.
+The tables of each model family are in llm/hub/maps/. This file defines their meaning and applies them.
 
-Tensors. A row is (ours, theirs, operation): the name of a tensor here, its name there, and the operation that turns
-theirs into ours. Export applies the same rows backwards.
+Tensors. A row is (ours, theirs, operation): the name of a tensor here, its name in the checkpoint, and the operation
+that turns their tensor into ours. Export applies the inverse operation.
 
     ("blocks.{layer}.mixer.*", "model.layers.{layer}.self_attn.*", same)
     ("blocks.{layer}.mixer.o_proj.weight", "h.{layer}.attn.c_proj.weight", transpose)
@@ -15,18 +15,18 @@ theirs into ours. Export applies the same rows backwards.
 
 `{layer}` is a number and `*` any text, the same on both sides. `[{expert}]` takes slices of our tensor, one for each
 expert. So experts that are stacked here and separate there are copied one at a time, without memory for a second stack.
-A row applies to the tensors that the model has. In a model without biases, with a tied head or with dense layers some
-rows apply to nothing, so a table needs no conditions. Where several rows fit a tensor, the first whose names are in the
-checkpoint is taken: this reads checkpoints in two layouts. Export takes the first row, so rows with `*` come last.
+A row whose tensors the model does not have (biases, an untied head, experts) is skipped, so a table needs no
+conditions. If several rows match a tensor, loading uses the first row that has a name in the checkpoint, so one table
+can read two layouts. Export uses the first row, so rows with `*` come last.
 
-Fields. A field is (ours, theirs, default): the name here, the name in config.json, and the value that transformers
-takes where config.json has none; a default that is a string names another field of ours. `required` lists fields of
-theirs for which the model implements one value only, `ignored` fields that do not affect it. `read` converts what needs
-more than a name (for RoPE see rope.py), and `write` converts it back. A value of another kind than its default is an
-error. So is any unknown field in config.json that is not null, false or empty, since it may change the result.
+Fields. A field is (ours, theirs, default): the name here, the name in config.json, and the value that transformers uses
+if config.json has none. A default that is a string names another field of ours. `required` lists fields for which our
+model supports only the listed values, `ignored` those that do not affect it. `read` converts fields that need more than
+a new name (RoPE: rope.py), and `write` converts them back. A value of the wrong type is an error. So is an unknown
+field that is not null, false, zero or empty, since it may change the result.
 
-To add a model: write its `Published` in llm/hub/maps/ (llama.py is the shortest example) and list it in PUBLISHED.
-`load_pretrained` and `export_pretrained` then work.
+To add a model, write a file with its PUBLISHED and SIZES in llm/hub/maps/ (mistral.py is the shortest example) and add
+it to FAMILIES in llm/hub/maps/__init__.py. Then `load_pretrained` and `export_pretrained` work.
 """
 
 import json
@@ -41,39 +41,39 @@ Tensors = Sequence[Tensor]
 
 
 class PretrainedError(ValueError):
-    """A published checkpoint that cannot be read or written as it is; the message names the file, field or tensor."""
+    """A checkpoint that cannot be read or written exactly. The message names the file, field or tensor."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """`load` turns their tensors of a row into ours, `save` ours into theirs; one is the inverse of the other."""
+    """For the tensors of a row, `load` turns theirs into ours, and `save`, its inverse, turns ours into theirs."""
 
     load: Callable[[Tensors], Tensors]
     save: Callable[[Tensors], Tensors]
 
     def then(self, other: "Operation") -> "Operation":
-        """Loading applies this operation first and then the other; saving the other way round."""
+        """Loading applies this operation and then `other`; saving applies their inverses in reverse order."""
         return Operation(lambda theirs: other.load(self.load(theirs)), lambda ours: self.save(other.save(ours)))
 
 
 same = Operation(lambda theirs: theirs, lambda ours: ours)
 transpose = Operation(lambda theirs: [x.mT for x in theirs], lambda ours: [x.mT for x in ours])
-"""Matrices stored (in, out), as in GPT-2, or stacks of them (E, in, out)."""
+"""For matrices that the checkpoint stores as (in, out), as GPT-2 does, or stacks of them (E, in, out)."""
 
 
 def split(n: int, dim: int = 0) -> Operation:
-    """One tensor of theirs holds n of ours of equal size, one after the other along `dim`."""
+    """Their tensor is n of our tensors of equal size, concatenated along `dim`."""
     return Operation(lambda theirs: theirs[0].chunk(n, dim), lambda ours: [cat(list(ours), dim)])
 
 
 def join(n: int, dim: int = 0) -> Operation:
-    """The inverse of `split`: n tensors of theirs are the parts of one of ours."""
+    """The inverse of `split`: our tensor is n of their tensors, concatenated along `dim`."""
     parts = split(n, dim)
     return Operation(parts.save, parts.load)
 
 
 def deinterleave(dim: int) -> Operation:
-    """Theirs alternates along `dim` (< 0): g0 u0 g1 u1 ..; ours is g0 g1 .. u0 u1 .. (GPT-OSS)."""
+    """Theirs alternates gate and up along `dim` (< 0): g0 u0 g1 u1 ..; ours is g0 g1 .. u0 u1 .. (GPT-OSS)."""
     return Operation(
         lambda theirs: [x.unflatten(dim, (-1, 2)).transpose(dim, dim - 1).flatten(dim - 1, dim) for x in theirs],
         lambda ours: [x.unflatten(dim, (2, -1)).transpose(dim, dim - 1).flatten(dim - 1, dim) for x in ours],
@@ -85,7 +85,7 @@ Row = tuple[Names, Names, Operation]
 
 
 class Step(NamedTuple):
-    """A row with all its placeholders filled in. `ours` are names, each with the index of its slice or None."""
+    """A row whose placeholders are filled in. `ours` are names, each with the index of its slice or None."""
 
     ours: list[tuple[str, int | None]]
     theirs: list[str]
@@ -93,9 +93,9 @@ class Step(NamedTuple):
 
 
 def plan(rows: Sequence[Row], tensors: Mapping[str, Tensor], available: Collection[str] = ()) -> list[Step]:
-    """The steps that fill all of our `tensors` from a checkpoint with the names `available`; for export that is empty.
+    """The steps that fill our `tensors` from a checkpoint with the names `available`, which is empty for export.
 
-    Raises PretrainedError for a tensor of ours that no row names: the table is not complete.
+    Raises PretrainedError for a tensor of ours that matches no row, since the table is then incomplete.
     """
     steps, planned = [], set()
     for name in tensors:
@@ -126,7 +126,7 @@ def fill_in(row: Row, name: str, tensors: Mapping[str, Tensor]) -> Iterator[Step
 
 
 def parts(tensors: Mapping[str, Tensor], step: Step) -> list[Tensor]:
-    """Our tensors of a step, or the slices of them."""
+    """Our tensors of a step, or their slices."""
     return [tensors[name] if index is None else tensors[name][index] for name, index in step.ours]
 
 
@@ -149,50 +149,50 @@ def write_in(template: str, values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """How transformers stores a model: the two tables of the module's docstring."""
+    """How transformers stores a model: the two tables that the module docstring explains."""
 
     model_type: str
     """The model_type in config.json."""
     architecture: str
-    """The class of transformers that opens what `export_pretrained` writes."""
+    """The class of transformers that loads what `export_pretrained` writes."""
     names: tuple[Row, ...]
     fields: tuple[tuple[str, str, Any], ...]
     required: Mapping[str, tuple] = field(default_factory=dict)
-    """Their field -> the values for which our model is right. The first is what transformers takes where the field is
-    left out, as export does. Each item of a list in config.json must be one of these values."""
+    """Their field -> the values that our model supports. The first is the default of transformers; export relies on it
+    and leaves the field out. If config.json has a list, each of its items must be one of these values."""
     nullable: frozenset[str] = frozenset()
     """Their fields that may be null although their default is not."""
     heads_divide_width: bool = False
-    """Whether transformers refuses a hidden_size that is no multiple of num_attention_heads, whatever head_dim is."""
+    """Whether transformers requires that num_attention_heads divides hidden_size, even if head_dim is set."""
     ignored: frozenset[str] = frozenset()
-    """Their fields that do not affect this model, beside those that affect no model (IRRELEVANT)."""
+    """Their fields that do not affect this model, in addition to those that affect no model (IRRELEVANT)."""
     ignored_weights: Callable[[Mapping[str, Any]], str] = lambda config: ""
-    """Their config -> regular expression of tensors that may be there but are not needed, such as stored masks."""
+    """Their config -> regular expression of tensors that the checkpoint may have but we skip, such as stored masks."""
     read: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda left, ours: {}
-    """(their fields not read yet, our fields so far) -> more fields of ours; removes what it reads from the first."""
+    """(their fields not read yet, our fields so far) -> more of our fields; it removes the fields it reads."""
     write: Callable[[Any], dict[str, Any]] = lambda config: {}
-    """The inverse: our config -> fields of theirs, which take precedence over those of `fields`."""
+    """The inverse of `read`: our config -> their fields, which override those from `fields`."""
 
 
-# No logit depends on these fields: transformers reads none of them in the forward pass of the models here.
+# In evaluation mode the logits of the models here do not depend on these fields.
 IRRELEVANT = re.compile(
-    # training, bookkeeping, and the tokens that begin and end a text
+    # training, bookkeeping, options of the output, and special tokens
     r"_.*|architectures|auto_map|model_type|quantization_config|transformers_version|torch_dtype|dtype|name_or_path|"
     r".*_token_id|tokenizer_class|initializer_range|use_cache|pretraining_tp|id2label|label2id|task_specific_params|"
     r"attention_dropout|hidden_dropout|output_(router_logits|attentions|hidden_states|scores)|router_aux_loss_coef|"
     r"return_dict(_in_generate)?|gradient_checkpointing|attn_implementation|num_labels|problem_type|finetuning_task|"
-    # sampling, which today has a file of its own, generation_config.json
+    # sampling, which newer checkpoints set in generation_config.json
     r"do_sample|temperature|top_[kp]|typical_p|(min|max)(_new)?_(length|tokens)|(repetition|length|diversity)_penalty|"
     r"(encoder_)?no_repeat_ngram_size|num_(beams|beam_groups|return_sequences)|early_stopping|"
-    # notes of other programs: nanotron, unsloth, transformers.js, the first LLaMA conversions
+    # fields that other programs add: nanotron, unsloth, transformers.js, the first LLaMA conversions
     r"is_llama_config|unsloth_\w+|transformers\.js_config|(tokenizer_)?model_max_length|max_sequence_length"
 )
 
 
 def read_config(published: Published, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of our config that a config.json asks for.
+    """The fields of our config, read from a config.json.
 
-    Raises PretrainedError for a value that our model cannot have, and for a field that is not known.
+    Raises PretrainedError for a value that our model does not support, and for an unknown field that is set.
     """
     left, ours = dict(config), {}
     for name, their_name, default in published.fields:
@@ -219,7 +219,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: 
 
 
 def check_kind(name: str, value: Any, kind: type = int, nullable: bool = False) -> None:
-    """Raises PretrainedError for a value of another kind; null is allowed where it is `nullable`."""
+    """Raises PretrainedError if the value is not of type `kind`; null is allowed if `nullable`."""
     allowed = (int, float) if kind is float else kind
     fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
     if not fits and not (value is None and nullable):
@@ -227,14 +227,14 @@ def check_kind(name: str, value: Any, kind: type = int, nullable: bool = False) 
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises PretrainedError for anything but a whole number above zero."""
+    """Raises PretrainedError unless the value is a positive whole number."""
     check_kind(name, value)
     if value < 1:
         raise PretrainedError(f"config.json sets {name} to {value}: it must be at least 1")
 
 
 def require(name: str, value: Any, allowed: Collection) -> None:
-    """Raises PretrainedError where `value`, or an item of it if it is a list, is not allowed."""
+    """Raises PretrainedError unless `value`, or each item if it is a list, is allowed."""
     for item in value if isinstance(value, list) else [value]:
         if item not in allowed:
             choices = " or ".join(map(repr, allowed))
@@ -242,9 +242,9 @@ def require(name: str, value: Any, allowed: Collection) -> None:
 
 
 def write_config(published: Published, config: Any) -> dict[str, Any]:
-    """The config.json that `read_config` reads back to `config`, without the fields of tokenizer and weights.
+    """The config.json from which `read_config` reads `config` again, without fields on tokenizer and weights.
 
-    Raises PretrainedError where transformers would not open it.
+    Raises PretrainedError for sizes that transformers refuses.
     """
     if published.heads_divide_width and config.d_model % config.n_heads:
         raise PretrainedError(
@@ -255,6 +255,6 @@ def write_config(published: Published, config: Any) -> dict[str, Any]:
     theirs = {"architectures": [published.architecture], "model_type": published.model_type}
     for name, their_name, default in published.fields:
         value = getattr(config, name)
-        if value is not None or default is not None:  # a whole number is no float to transformers
+        if value is not None or default is not None:  # transformers refuses an int for a float
             theirs[their_name] = float(value) if isinstance(default, float) else value
     return theirs | published.write(config)

@@ -1,13 +1,13 @@
-"""Sparse Transformer with its "fixed" pattern: layers alternate between their own block and all blocks' summaries.
+"""Sparse Transformer, "fixed" pattern: layers alternate between the own block and the last tokens of all blocks.
 
     even layers: token i sees j <= i where floor(j / stride) = floor(i / stride)
     odd layers:  token i sees j <= i where j mod stride >= stride - n_summary, or j = i        the baseline: j <= i
 
-Even layers see the tokens since the block of `stride` began. Odd layers see the last `n_summary` tokens of every block,
-which the even layer before has let read their whole block. So two layers reach every finished block, and with a stride
-of sqrt(T) each sees a multiple of sqrt(T) keys instead of T. The paper combines the two patterns in three ways: one per
-layer in turn (here), one per head, or both in each head. Generating Long Sequences with Sparse Transformers, arXiv
-1904.10509. Blog: Attention, sparse attention.
+Layers count from 0, blocks have `stride` tokens. In even layers a token sees its own block up to itself. In odd layers
+it sees the last `n_summary` tokens of every block; the last of them has read its whole block in the layer before. So
+two layers reach every finished block, and with a stride of sqrt(T) a query sees about sqrt(T) or n_summary sqrt(T)
+keys, not T. The paper uses the patterns in alternate layers (as here), in different heads, or merged in one head.
+Generating Long Sequences with Sparse Transformers, arXiv 1904.10509. Blog: Attention, sparse attention.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from llm.modules.masks import OwnBlock, Summaries
 class Sparse(Baseline):
     @dataclass(frozen=True)
     class Config(Baseline.Config):
-        """The baseline's sizes; a block has about the square root of the context."""
+        """The baseline's sizes and those of the sparse pattern."""
 
         stride: int = 32
         """Tokens in a block; the paper advises about the square root of max_seq_len."""
         n_summary: int = 4
-        """Tokens at the end of each block that later blocks see."""
+        """Tokens at the end of each block that all later tokens see."""
 
         small: ClassVar[dict[str, Any]] = {**Baseline.Config.small, "stride": 16, "n_summary": 2}
 

@@ -1,9 +1,9 @@
-"""The skeleton under every model: embed the tokens, run the blocks, turn the result into logits.
+"""The base class of every model: embed the tokens, run the blocks, compute the logits.
 
     x = embed(tokens)        x = block_l(x) for l = 1..L        logits = norm(x) W_head
 
-A model subclasses `Transformer` and overrides the step that its paper changes. Its `Config`, a frozen dataclass, holds
-its sizes. Blog: Overview.
+A model subclasses `Transformer` and overrides the step that its paper changes. Its hyperparameters are in its `Config`,
+a frozen dataclass. Blog: Overview.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,19 +21,19 @@ from llm.modules.norms import RMSNorm
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model; a subclass makes its blocks.
+    """A decoder-only language model. A subclass must define `make_block`.
 
-    Tokens are int64 (B, T); logits (B, T, vocab_size). With a cache, each call continues the text of the one before.
+    Tokens are int64 (B, T); logits (B, T, vocab_size). With a cache, each call continues the text of the previous call.
 
-    Any submodule may define these methods, and the model calls them: `pop_loss() -> Tensor | None` in `loss`,
-    `after_step()` after an optimiser step, and `metrics() -> dict` for the log.
+    A submodule may define `pop_loss() -> Tensor | None`, which `loss` calls, `after_step()`, called after an optimiser
+    step, and `metrics() -> dict`, called for the log.
     """
 
     Config = ModelConfig
     embedding_std: ClassVar[float] = 0.02
-    """Standard deviation of the token embedding at the start."""
+    """Standard deviation of the token embedding at initialisation."""
     training_only: ClassVar[tuple[str, ...]] = ()
-    """Attributes that only training uses: their parameters are not active, and their FLOPs are not counted."""
+    """Attributes that only training uses. The counts of active parameters and FLOPs leave them out."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -46,11 +46,11 @@ class Transformer(nn.Module):
         initialize(self, config.initialization, config.n_layers, self.embedding_std)
 
     def make_block(self, layer: int) -> nn.Module:
-        """The block at depth `layer`. Its `mixer`, mostly attention, takes (x, positions, cache); its `ffn` takes x."""
+        """The block at depth `layer`. Its `mixer`, often attention, takes (x, positions, cache); its `ffn` takes x."""
         raise NotImplementedError(f"{type(self).__name__} must say what its blocks are made of: define make_block")
 
     def make_norm(self) -> nn.Module:
-        """A new norm layer: one stands before the head, others in each block."""
+        """A new norm layer, for a block or for the final norm before the head."""
         return RMSNorm(self.config.d_model, self.config.norm_eps)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
 
     def run_blocks(self, x: Tensor, positions: Tensor, layers: list[dict | None], tokens: Tensor) -> Tensor:
         """Run the residual stream x (B, T, D) through all blocks. `layers` holds the cache of each block, or None. A
-        model whose blocks read more than the stream overrides this."""
+        model whose blocks need more inputs than these overrides this."""
         for block, layer_cache in zip(self.blocks, layers, strict=True):
             x = block(x, positions, layer_cache)
         return x
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         return F.linear(self.norm(x), self.head_weight())
 
     def head_weight(self) -> Tensor:
-        """(V, D): the token embedding, used a second time, where the head is tied to it; else a matrix of its own."""
+        """The output head, (V, D): the token embedding with tied embeddings, else a separate matrix."""
         return self.tok_embed.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -89,34 +89,34 @@ class Transformer(nn.Module):
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Windows (B, T + 1) -> the mean loss to minimise and its parts: `ce`, the cross-entropy in nats per token, and
-        `aux`, the sum of what modules add in training (0 where none does)."""
+        `aux`, the sum of the auxiliary losses (0 if there are none)."""
         x, targets = self.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
         if type(self).unembed is Transformer.unembed:
             ce = linear_cross_entropy(self.norm(x), self.head_weight(), targets)
-        else:  # the model does more to its logits than one product
+        else:  # the model overrides `unembed`, as Gemma 2 does to cap its logits
             ce = F.cross_entropy(self.unembed(x).float(), targets)
         return self.with_aux(ce, self.pop_losses())
 
     def with_aux(self, ce: Tensor, aux: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, which is the cross-entropy plus the sum of `aux`, and its parts."""
-        if not aux:  # torch.compile turns `ce + 0` into the detached ce, without a gradient
+        """The total loss, `ce` plus the sum of `aux`, and its detached parts."""
+        if not aux:  # torch.compile would turn `ce + 0` into the detached ce, which has no gradient
             return ce, {"ce": ce.detach(), "aux": ce.new_zeros(())}
         total = sum(aux)
         return ce + total, {"ce": ce.detach(), "aux": total.detach()}
 
     def pop_losses(self) -> list[Tensor]:
-        """The auxiliary losses of the last forward pass; taking them clears them."""
+        """Return the auxiliary losses of the last forward pass and clear them."""
         losses = [module.pop_loss() for module in self.offering("pop_loss")]
         return [loss for loss in losses if loss is not None]
 
     def after_step(self) -> None:
-        """Called after each optimiser step, on every rank: runs the updates that have no gradient."""
+        """Called after each optimiser step on every rank: run the updates that use no gradient."""
         for module in self.offering("after_step"):
             module.after_step()
 
     def metrics(self) -> dict[str, Any]:
-        """Metrics of the last step. `name` maps to a list with one value for each module; where that value is itself a
-        list, `name/i` is the list of module i."""
+        """Metrics of the last step. `name` maps to a list with one value for each module. If that value is itself a
+        list, the list of module i is stored under `name/i` instead."""
         found: dict[str, list] = {}
         for module in self.offering("metrics"):
             for name, value in module.metrics().items():
@@ -126,11 +126,11 @@ class Transformer(nn.Module):
         return numbered | {name: values for name, values in found.items() if name not in lists}
 
     def offering(self, method: str) -> list[nn.Module]:
-        """The modules inside the model that have this method, in the order of the layers."""
+        """The submodules that have this method, from the first layer to the last."""
         return [module for module in self.modules() if module is not self and hasattr(module, method)]
 
     def make_cache(self, batch_size: int, length: int, padding: Tensor | int = 0) -> Cache:
-        """An empty cache for `length` tokens; `padding` says by how many tokens each prompt is padded on the left."""
+        """An empty cache for `length` tokens. `padding` is the number of padding tokens on the left of each prompt."""
         device = self.tok_embed.weight.device
         seen = torch.zeros(batch_size, dtype=torch.int64, device=device) - padding
         return Cache(seen, [block.mixer.make_cache(batch_size, length) for block in self.blocks])
@@ -139,9 +139,9 @@ class Transformer(nn.Module):
     def generate(
         self, tokens: Tensor, max_new_tokens: int, sampler: Callable[[Tensor], Tensor], padding: Tensor | int = 0
     ) -> Iterator[Tensor]:
-        """Continue prompts (B, T), left-padded by `padding` (B,) tokens; yields the next token of each, (B,).
+        """Continue prompts (B, T), left-padded by `padding` (B,) tokens; yields the next token of each prompt, (B,).
 
-        `sampler` turns logits (B, V) into tokens (B,). Ends after `max_new_tokens`, or when max_seq_len is full.
+        `sampler` turns logits (B, V) into tokens (B,). Stops after `max_new_tokens`, or at a length of max_seq_len.
         """
         length, limit = tokens.shape[1], self.config.max_seq_len
         n_slots = slots_for(length, limit)
@@ -155,10 +155,10 @@ class Transformer(nn.Module):
             yield tokens[:, 0]
 
     def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Tokens (B, T) that continue what is in the cache -> logits of the token after the last, (B, V)."""
+        """Tokens (B, T) that follow those in the cache -> logits of the next token, (B, V)."""
         return self.unembed(self.hidden(tokens, cache)[:, -1])
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """`next_logits` for one token of each text, (B, 1): the step that generation repeats. Its shapes stay the same
-        for many steps, so `compile_decoding` in llm/generate/compile.py compiles it."""
+        """`next_logits` for one token of each text, (B, 1). Generation repeats this step, mostly with the same shapes,
+        so `compile_decoding` in llm/generate/compile.py compiles it."""
         return self.next_logits(tokens, cache)

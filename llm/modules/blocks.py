@@ -1,12 +1,12 @@
-"""How a mixer, a feed-forward layer and their norms are wired around the residual stream.
+"""Blocks: how attention (or another mixer), a feed-forward layer and their norms connect to the residual stream.
 
-    pre-norm         x + f(norm(x))              the stream is never normalised: its gradient reaches every layer
-    post-norm        norm(x + f(x))              the original Transformer: each layer rescales stream and gradient
-    output norm      x + norm(f(x))              OLMo 2: no layer can add more than its gain
-    sandwich norm    x + norm'(f(norm(x)))       Gemma 2 to 4: both
+    pre-norm         x + f(norm(x))              the stream is not normalised: gradients flow through the sums unchanged
+    post-norm        norm(x + f(x))              the original Transformer: each norm rescales the gradient
+    output norm      x + norm(f(x))              OLMo 2: the norm's gain limits what a layer adds
+    sandwich norm    x + norm'(f(norm(x)))       Gemma 2 and 3: a norm before f and one after it
     parallel         x + f(norm(x)) + g(norm(x))       GPT-J, PaLM: attention and feed-forward read the same input
 
-with f the mixer and then the feed-forward layer. Every block has the same constructor and the same forward.
+f is the mixer, then the feed-forward layer (parallel: g). All blocks have the same constructor and forward arguments.
 On Layer Normalization in the Transformer Architecture, arXiv 2002.04745. Blog: Normalization, pre- and post-norm.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Pre-norm block: (B, T, D) -> (B, T, D). `norm` makes a fresh normalisation layer each time it is called."""
+    """Pre-norm block: (B, T, D) -> (B, T, D). `norm` returns a new normalisation layer at each call."""
 
     def __init__(self, mixer: nn.Module, ffn: nn.Module, norm: Callable[[], nn.Module]):
         super().__init__()
@@ -33,8 +33,8 @@ class Block(nn.Module):
 class PostNormBlock(Block):
     """Normalise the stream after each addition. Attention Is All You Need, arXiv 1706.03762, section 3.1.
 
-    The output of the last block is normalised already, so the model needs no final norm. Gradients near the output are
-    large at the start, so it needs a longer warm-up than the other blocks (arXiv 2002.04745).
+    The output of the last block is normalised already, so the model needs no final norm. At the start, gradients near
+    the output are large, so training needs a longer warm-up than with other blocks (arXiv 2002.04745).
     """
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
@@ -43,7 +43,7 @@ class PostNormBlock(Block):
 
 
 class OutputNormBlock(Block):
-    """Normalise what each sublayer adds, and nothing else. 2 OLMo 2 Furious, arXiv 2501.00656."""
+    """Normalise the output of each sublayer, not its input. 2 OLMo 2 Furious, arXiv 2501.00656."""
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         x = x + self.mixer_norm(self.mixer(x, positions, cache))
@@ -51,7 +51,7 @@ class OutputNormBlock(Block):
 
 
 class SandwichBlock(Block):
-    """Normalise what each sublayer reads and what it adds.
+    """Normalise both the input and the output of each sublayer.
 
     CogView: Mastering Text-to-Image Generation via Transformers, arXiv 2105.13290; Gemma 2, arXiv 2408.00118.
     """
@@ -67,9 +67,9 @@ class SandwichBlock(Block):
 
 
 class ParallelBlock(nn.Module):
-    """Mixer and feed-forward layer read the same normalised input, so that their products can be fused.
+    """Mixer and feed-forward layer read the same normalised input, so their input projections could be fused.
 
-    PaLM: Scaling Language Modeling with Pathways, arXiv 2204.02311, section 2; first in GPT-J.
+    PaLM: Scaling Language Modeling with Pathways, arXiv 2204.02311, section 2; GPT-J used it first.
     """
 
     def __init__(self, mixer: nn.Module, ffn: nn.Module, norm: Callable[[], nn.Module]):
@@ -84,7 +84,7 @@ class ParallelBlock(nn.Module):
 
 
 class TwoNormParallelBlock(Block):
-    """The parallel block with a norm of its own for each branch. GPT-NeoX-20B, arXiv 2204.06745."""
+    """The parallel block with a separate norm for each branch. GPT-NeoX-20B, arXiv 2204.06745."""
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         return x + self.mixer(self.mixer_norm(x), positions, cache) + self.ffn(self.ffn_norm(x))

@@ -1,4 +1,4 @@
-"""Masks: which keys a query may see, as a predicate on positions.
+"""Attention masks: which keys a query may see, as a function of positions.
 
 | mask                 | query i sees key j <= i where                    | paper                                   |
 |----------------------|--------------------------------------------------|-----------------------------------------|
@@ -12,7 +12,7 @@
 | BigBird(..)          | attention/big_bird.py                            | Big Bird, 2007.14062                    |
 | Everything           | always, and j > i as well                        | encoders, diffusion models              |
 
-Masks are frozen dataclasses: two windows of equal size are ==, so they share a compiled kernel.
+Masks are frozen dataclasses. Two windows of the same size compare equal, so they share one compiled kernel.
 Blog: Attention, sparse attention.
 """
 
@@ -27,14 +27,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mask:
-    """The base class. `reach`: tokens from a query back to the farthest key that it may see, both counted."""
+    """The base class of all masks."""
 
     looks_back: ClassVar[bool] = True
-    """Whether no query sees a later key."""
+    """True if a query sees only itself and earlier keys."""
 
     @property
     def reach(self) -> float:
-        """A cache needs no more slots than this."""
+        """Number of tokens from the farthest visible key to the query, both counted. A cache needs no more slots."""
         return math.inf
 
     def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """A query sees itself and what came before."""
+    """A query sees itself and all earlier tokens."""
 
     def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         return k_pos <= q_pos
@@ -69,7 +69,7 @@ class Window(Mask):
 
 @dataclass(frozen=True)
 class Dilated(Mask):
-    """A window with holes: a query sees `size` tokens, itself and every `gap`-th before."""
+    """A window with gaps: a query sees `size` tokens, namely itself and every `gap`-th token before it."""
 
     size: int
     gap: int
@@ -90,8 +90,8 @@ class Dilated(Mask):
 class Strided(Mask):
     """A query sees itself and every `stride`-th token before it, back to the first.
 
-    The Sparse Transformer alternates it with Window(stride + 1). With a stride of about sqrt(T), two layers reach every
-    token.
+    The Sparse Transformer alternates it with Window(stride + 1). Then information from every earlier token can reach
+    the query within two layers, and a stride of about sqrt(T) costs least.
     """
 
     stride: int
@@ -122,10 +122,9 @@ class OwnBlock(Mask):
 
 @dataclass(frozen=True)
 class Summaries(Mask):
-    """A query sees the last `n_summary` tokens of every block of `stride` tokens, which summarise the block.
+    """A query sees the last `n_summary` tokens of each block of `stride` tokens, which serve as the block's summary.
 
-    It also sees itself: the first tokens of a text would otherwise see nothing, and a softmax over no keys is
-    undefined.
+    It also sees itself. Otherwise the first tokens of a text would see no key, and a softmax over no keys is undefined.
     """
 
     stride: int
@@ -144,7 +143,7 @@ class Summaries(Mask):
 
 @dataclass(frozen=True)
 class FirstAndWindow(Mask):
-    """A query sees the first `n_first` tokens of the text, and the last `size` tokens."""
+    """A query sees the first `n_first` tokens of the text and the last `size` tokens, itself among them."""
 
     n_first: int
     size: int
@@ -160,7 +159,7 @@ class FirstAndWindow(Mask):
 
 @dataclass(frozen=True)
 class Everything(Mask):
-    """Every query sees every key, the later ones too."""
+    """Every query sees every key, including later ones."""
 
     looks_back: ClassVar[bool] = False
 
@@ -172,7 +171,7 @@ causal, everything = Causal(), Everything()
 
 
 def check_positive(mask: Mask, *names: str) -> None:
-    """Raises ValueError for a field below 1, with the flag that sets it."""
+    """Raises ValueError for a field below 1. The message names the flag that sets the field."""
     for name in names:
         if getattr(mask, name) < 1:
             label = "window_size" if name == "size" else name
@@ -183,10 +182,10 @@ def check_positive(mask: Mask, *names: str) -> None:
 
 
 def visibility(mask: Mask, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """The mask written out: positions (T,) and (S,) -> (T, S); (B, T) and (B, S) -> (B, 1, T, S). Booleans.
+    """The mask as a boolean tensor: positions (T,) and (S,) -> (T, S); (B, T) and (B, S) -> (B, 1, T, S).
 
-    A negative position is padding or an empty slot of a cache, and no query sees it. A query that is padding itself
-    sees everything, since a softmax over no keys is undefined; its output is unused.
+    A key at a negative position is padding or an empty cache slot, and real tokens do not see it. A query that is
+    padding sees every key, since a softmax over no keys is undefined. Its output is not used.
     """
     q, k = q_pos[..., :, None], k_pos[..., None, :]
     shown = mask.visible(q, k) & (k >= 0) | (q < 0)
@@ -195,10 +194,10 @@ def visibility(mask: Mask, q_pos: Tensor, k_pos: Tensor) -> Tensor:
 
 @lru_cache
 def mean_keys(mask: Mask, context: int) -> float:
-    """How many keys a query sees, on average over the `context` positions of a text: what attention costs.
+    """The number of keys that a query sees, averaged over a text of `context` tokens. Attention FLOPs grow with it.
 
-    The mean is exact up to 4,096 tokens. Beyond, it is taken over evenly spaced queries, since the whole mask needs too
-    much memory.
+    The mean is exact up to 4,096 tokens. For longer texts it is taken over evenly spaced queries, since the full mask
+    would need too much memory.
     """
     n_queries = min(context, 2**24 // context)
     queries = torch.linspace(0, context - 1, n_queries, dtype=torch.float64, device="cpu").round().long()

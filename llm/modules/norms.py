@@ -1,10 +1,10 @@
-"""Normalisation: keep the scale of activations constant, so that they neither grow nor vanish with depth.
+"""Normalisation layers keep the scale of activations constant, so that it neither grows nor vanishes with depth.
 
     LayerNorm(x)            = (x - mean(x)) / sqrt(var(x) + eps) * w + b
     RMSNorm(x)              = x / sqrt(mean(x^2) + eps) * w
     ZeroCentredRMSNorm(x)   = x / sqrt(mean(x^2) + eps) * (1 + w)
 
-Means are taken over the last axis. Half precision is averaged in fp32, since bf16 has only three decimal digits.
+Means are taken over the last axis, for half precision in fp32, since bf16 has fewer than three decimal digits.
 Blog: Normalization, LayerNorm and RMSNorm.
 """
 
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 class RMSNorm(nn.Module):
     """Divide the last axis by its root mean square: (.., dim) -> (.., dim).
 
-    LayerNorm without the mean and the bias. In half precision the quotient is rounded before the gain multiplies it,
-    as LLaMA does. Root Mean Square Layer Normalization, arXiv 1910.07467.
+    This is LayerNorm without the mean and the bias. In half precision the quotient is rounded first and then multiplied
+    by the gain, as in LLaMA. Root Mean Square Layer Normalization, arXiv 1910.07467.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5):
@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 class OnceRoundedRMSNorm(RMSNorm):
-    """RMSNorm that also multiplies by the gain in fp32 before it rounds, as OLMo 2 and GPT-OSS do."""
+    """RMSNorm that multiplies by the gain in fp32 and rounds once, at the end, as OLMo 2 and GPT-OSS do."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -56,9 +56,9 @@ class LayerNorm(nn.Module):
 class ZeroCentredRMSNorm(nn.Module):
     """RMSNorm whose gain is 1 + w: (.., dim) -> (.., dim), with w = 0 at the start.
 
-    Weight decay then pulls the gain to 1 instead of 0. A small change of w survives rounding to bf16, whose numbers are
-    dense around 0 and 1/128 apart above 1. Without decay it trains as RMSNorm does. The product is computed in fp32 and
-    rounded once. Gemma: Open Models Based on Gemini Research and Technology, arXiv 2403.08295.
+    Weight decay, if applied to w, pulls the gain to 1 instead of 0. Stored in bf16, w keeps small changes: bf16 numbers
+    are dense near 0, but 1/128 apart above 1. Without decay, in fp32, it trains like RMSNorm. The product is computed
+    in fp32 and rounded once. Gemma: Open Models Based on Gemini Research and Technology, arXiv 2403.08295.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5):

@@ -1,7 +1,7 @@
-"""The training loop, the same one for every model.
+"""The training loop, which is the same for every model.
 
-For each step: take the windows of this step, compute the mean loss and its gradient in micro-batches, clip, update.
-Data and random numbers are functions of (seed, step), so a run that was stopped and resumed computes the same steps.
+Each step reads its windows, computes the gradient of the mean loss in micro-batches, clips it and updates the weights.
+Data and random numbers depend only on seed and step, so a run that was stopped and resumed computes the same steps.
 """
 
 import math
@@ -32,8 +32,8 @@ from llm.training.stopping import StopRequest, stop_signals
 def train(Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data) -> Path:
     """Train `Model` on `data`; returns the run directory, which holds metrics, checkpoints and samples.
 
-    Raises ValueError, before any work, for settings that cannot work; FloatingPointError where the loss or a gradient
-    is not finite; SystemExit with 128 + the signal's number after a signal asked for a stop.
+    Raises ValueError for invalid settings before training starts, FloatingPointError if the loss or the gradient norm
+    is not finite, and SystemExit(128 + signal number) if a signal stopped the run before its last step.
     """
     training = Training(Model, model_config, config, data)
     if training.progress.step < training.config.steps:
@@ -48,12 +48,12 @@ def train(Model: type[Transformer], model_config: ModelConfig, config: TrainConf
 
 
 def default_out(model_name: str, data: Path) -> Path:
-    """The run directory: runs/baseline for TinyStories, runs/baseline-sample for data in data/sample."""
+    """The default run directory, such as runs/baseline for TinyStories or runs/baseline-sample for data/sample."""
     return Path("runs") / (model_name if data.name == "tinystories" else f"{model_name}-{data.name}")
 
 
 class Training:
-    """A model, its optimiser and its data, at the step from which the run goes on."""
+    """A model, its optimiser and its data, at the step where the run starts or resumes."""
 
     def __init__(self, Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data):
         self.data, self.ranks = data, Ranks.current()
@@ -72,7 +72,7 @@ class Training:
         self.progress = go_on_from(checkpoint, self.model, self.optimizer, self.config, self.ranks)
 
     def run(self, stop: StopRequest) -> None:
-        """Train to the last step, or until a signal asks for a stop."""
+        """Train to the last step, or until a signal asks the run to stop."""
         config, progress, first = self.config, self.progress, self.ranks.is_first
         self.objective = make_objective(self.model, config, self.machine, self.ranks)
         self.journal = self.make_journal() if first else None
@@ -104,7 +104,7 @@ class Training:
                 self.journal.close(exit_code)
 
     def make_journal(self) -> Journal:
-        """What the first rank shows and writes."""
+        """The journal of this run, which prints and writes its results; only the first rank has one."""
         return Journal(
             model=self.model,
             optimizer=self.optimizer,
@@ -132,8 +132,8 @@ class Training:
         )
 
     def update(self, micro_batches: list[tuple[int, Tensor]], stop: StopRequest) -> tuple[dict[str, float], float]:
-        """One optimiser step. Returns the learning rate and, averaged over ranks, the parts of the loss, the norm of
-        the gradient and whether a rank was asked to stop. Numbers are read from the device once, since that waits."""
+        """One optimiser step. Returns a report and the learning rate. The report has the loss parts, the gradient norm
+        and whether to stop, averaged over ranks. They are read together, since each read waits for the device."""
         step = self.progress.step + 1
         lr = learning_rate(step, self.config)
         parts = compute_gradient(self.objective, micro_batches, (self.config.seed, step), self.machine)
@@ -155,7 +155,7 @@ class Training:
         return report, lr
 
     def evaluate(self) -> bool:
-        """Evaluate on every rank and log the result; returns whether it is the lowest eval loss so far."""
+        """Evaluate on every rank and log the result. Returns whether the eval loss is the lowest so far."""
         result = evaluate(
             self.model, self.eval_set, self.micro_batch_size, self.machine, self.ranks, seed=self.config.seed
         )
@@ -167,12 +167,12 @@ class Training:
         return best
 
     def last_saved(self) -> str:
-        """The path of the newest checkpoint, for messages."""
+        """The path of the newest checkpoint, as text for messages."""
         saved = find_checkpoints(self.config.out / "checkpoints")
         return str(saved[-1]) if saved else "none was saved"
 
     def explain_stop(self, stop: StopRequest) -> int:
-        """Print where the run is saved and how to go on; returns the exit status."""
+        """Print where the run is saved and how to resume it. Returns the exit status."""
         if self.ranks.is_first:
             but = "" if self.config.resume == "auto" else " with --resume auto"
             tqdm.write(

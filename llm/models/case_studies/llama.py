@@ -1,11 +1,11 @@
-"""LLaMA: the recipe that most open models follow. RoPE, RMSNorm before each layer, SwiGLU, no biases.
+"""LLaMA, the recipe of most open models: RoPE, RMSNorm before each sublayer, SwiGLU, no biases.
 
-LLaMA (Touvron et al., February 2023, arXiv 2302.13971) combined what others had found: pre-norm with RMSNorm for stable
-training, SwiGLU from PaLM for quality, RoPE from GPT-NeoX for relative positions, and far more tokens than its size
-seemed to need. Llama 2 (July 2023, arXiv 2307.09288) doubled the context to 4,096 and gave the 70B model grouped-query
-attention. Llama 3 (2024, arXiv 2407.21783) uses it in all sizes, with a vocabulary four times as large and a base of
-500,000. Llama 3.1 reaches 128K tokens by dividing RoPE's low frequencies by 8 (3.2: by 32); the small models of 3.2 tie
-the head to the embedding. Llama 3.3 is 3.1's 70B trained further. Blog: Case studies, LLaMA.
+LLaMA (Touvron et al., February 2023, arXiv 2302.13971) combined known parts: pre-norm with RMSNorm for stable training,
+SwiGLU from PaLM for quality, RoPE from GPT-NeoX for relative positions. It was trained on more tokens than was usual
+for its size. Llama 2 (July 2023, arXiv 2307.09288) doubled the context to 4,096 and gave the 70B model grouped-query
+attention. Llama 3 (2024, arXiv 2407.21783) uses it in all sizes, with a vocabulary four times as large and a RoPE base
+of 500,000. Llama 3.1 reaches 128K tokens by dividing the low frequencies of RoPE by 8 (3.2: by 32). The 1B and 3B
+models of 3.2 tie the head to the embedding. Llama 3.3 has the sizes of Llama 3.1 70B. Blog: Case studies, LLaMA.
 """
 
 from dataclasses import dataclass

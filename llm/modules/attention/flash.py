@@ -1,25 +1,25 @@
-"""FlashAttention: exact attention in tiles, so that the T x S scores never exist all at once.
+"""FlashAttention: exact attention in tiles, so that memory never holds all T x S scores.
 
-Forward, for one tile of queries q_i, over the tiles k_j, v_j of keys and values, one after the other:
+Forward: for each tile of queries q_i, loop over the tiles k_j, v_j of keys and values:
 
     s = scale q_i k_j^T                     scores of this tile only
-    m' = max(m, max_j s)                    the largest score so far, by row
-    p = exp(s - m')                         softmax, but for the sum, which is not known yet
-    l = exp(m - m') l + sum_j p             what was summed below the old maximum is rescaled to the new one
-    o = exp(m - m') o + p v_j               and the output likewise: the online softmax
+    m' = max(m, max_j s)                    the largest score of each row so far
+    p = exp(s - m')                         softmax without its denominator, which is not known yet
+    l = exp(m - m') l + sum_j p             denominator so far: the old sum is rescaled to the new maximum
+    o = exp(m - m') o + p v_j               the output is rescaled in the same way: the online softmax
 
-    out_i = o / l        L_i = m + log l    kept for the backward pass: one number a row, not one a score
+    out_i = o / l        L_i = m + log l    saved for the backward pass: one number for each row
 
-Backward, tile by tile again, the scores computed a second time:
+Backward: loop over the same tiles and recompute the scores:
 
-    P = exp(s - L_i)                        the finished softmax at once
+    P = exp(s - L_i)                        the full softmax, since L_i has the denominator
     dv_j += P^T dout_i                      since out = P v
     dP = dout_i v_j^T
     dS = P (dP - D)                         gradient of a softmax; D = sum_j P dP = sum over channels of dout_i out_i
     dq_i += scale dS k_j                    dk_j += scale dS^T q_i
 
-Memory grows with T + S. PyTorch's fused kernel, which the other models use, is this algorithm in one kernel: a tile
-stays in the fast memory next to the arithmetic units and is never written out. The loops here are for reading.
+Memory grows with T + S, not T S. Fast implementations, such as PyTorch's fused attention, run this in one GPU kernel: a
+tile of scores stays in fast on-chip memory. The Python loops here show the algorithm; they are not fast.
 
 FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691, section 3.1. Blog: Attention, FlashAttention.
 """
@@ -49,8 +49,8 @@ def flash_attention(
 ) -> Tensor:
     """Queries (B, H, T, D) attend to the keys (B, H_kv, S, D) that `mask` shows them: -> (B, H, T, D_v), v's dtype.
 
-    T and S need not be multiples of the tiles. A query that sees no key gets zeros. Statistics are fp32 (float64 for
-    float64 input). Raises ValueError for a tile without queries or keys.
+    T and S need not be multiples of the tiles. A query that sees no key gets zeros. Row maxima and sums are fp32
+    (float64 for float64 input). Raises ValueError for a tile size below 1.
     """
     if q_tile < 1 or k_tile < 1:
         raise ValueError(f"tiles of {q_tile} queries x {k_tile} keys: both must be at least 1 (--model.tile-size)")
@@ -75,19 +75,19 @@ class Tiling:
         return tiles(self.places.q.shape[-1], self.q_tile)
 
     def columns(self, rows: slice) -> Iterator[slice]:
-        """Tiles of keys for the queries `rows`; where query i sees keys 0..i, none above the diagonal."""
+        """Tiles of keys for the queries `rows`. If query i sees keys 0..i, keys after the last query are left out."""
         is_causal = isinstance(self.mask, Causal) and self.places.whole_text
         return tiles(rows.stop if is_causal else self.places.k.shape[-1], self.k_tile)
 
     def scores(self, q_i: Tensor, k_j: Tensor, rows: slice, columns: slice) -> Tensor:
-        """(B, H, q_tile, k_tile) in the dtype of the statistics, -inf where the query does not see the key."""
+        """(B, H, q_tile, k_tile) in `statistics_dtype`, -inf where the query does not see the key."""
         s = (q_i @ k_j.mT).to(statistics_dtype(q_i)) * self.scale
         shown = visibility(self.mask, self.places.q[..., rows], self.places.k[..., columns])
         return s.masked_fill(~shown, -torch.inf)
 
 
 def tiles(length: int, size: int) -> Iterator[slice]:
-    """Cut 0..length into slices of `size`, the last one shorter where it must be."""
+    """Cut 0..length into slices of `size`; the last one may be shorter."""
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
@@ -96,7 +96,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 class TiledAttention(torch.autograd.Function):
-    """Equal head counts: q (B, H, T, D), k (B, H, S, D), v (B, H, S, D_v) -> (B, H, T, D_v)."""
+    """With as many key heads as query heads: q (B, H, T, D), k (B, H, S, D), v (B, H, S, D_v) -> (B, H, T, D_v)."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> Tensor:
@@ -112,12 +112,12 @@ class TiledAttention(torch.autograd.Function):
 
 
 def forward_tiles(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """-> the output (B, H, T, D_v) and each row's log of the sum of exp(scores), (B, H, T, 1)."""
+    """-> the output (B, H, T, D_v) and the log-sum-exp of each row of scores, (B, H, T, 1)."""
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
     log_sum_exp = q.new_empty(*q.shape[:-1], 1, dtype=statistics_dtype(q))
     for rows in tiling.rows():
         q_i = q[:, :, rows]
-        # the least finite number, not -inf: exp(-inf - m) is then 0 in a row that has seen no key yet, not NaN
+        # the least finite number, not -inf: in a row that has seen no key yet, exp(-inf - m) is then 0 and not NaN
         m = torch.full_like(log_sum_exp[:, :, rows], torch.finfo(log_sum_exp.dtype).min)
         row_sum = torch.zeros_like(m)
         o = out.new_zeros(out[:, :, rows].shape, dtype=m.dtype)
@@ -128,7 +128,7 @@ def forward_tiles(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tens
             row_sum = rescale * row_sum + p.sum(-1, keepdim=True)
             o = rescale * o + p.to(v.dtype) @ v[:, :, columns]
             m = m_new
-        row_sum = row_sum.clamp(min=1)  # a row's largest score alone adds exp(0): only one without keys has less
+        row_sum = row_sum.clamp(min=1)  # the largest score adds exp(0) = 1: only a row without keys has less
         out[:, :, rows] = o / row_sum
         log_sum_exp[:, :, rows] = m + row_sum.log()
     return out, log_sum_exp
@@ -137,10 +137,10 @@ def forward_tiles(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tens
 def backward_tiles(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, d_out: Tensor, tiling: Tiling
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of q, k and v, in their shapes and dtypes, summed in the dtype of the statistics."""
+    """-> gradients of q, k and v, in their shapes and dtypes, summed in `statistics_dtype`."""
     dtype = log_sum_exp.dtype
     dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-    d = (d_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)  # (B, H, T, 1): D above
+    d = (d_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)  # (B, H, T, 1): D in the module docstring
     for rows in tiling.rows():
         q_i, d_out_i = q[:, :, rows], d_out[:, :, rows]
         for columns in tiling.columns(rows):

@@ -1,13 +1,13 @@
-"""Multi-head latent attention (MLA): keys and values of all heads are rebuilt from one short vector a token.
+"""Multi-head latent attention (MLA): keys and values of all heads are computed from one short vector per token.
 
-    c = norm(x W_kv_a)                   the latent; only c and one small rotated key r are cached
-    k_h = [c W_uk^h | r]                 r = RoPE(x W_kr), shared by all heads: the part of the key with a position
+    c = norm(x W_kv_a)                   the latent; the cache holds only c and the small rotated key r
+    k_h = [c W_uk^h | r]                 r = RoPE(x W_kr): the part of the key that RoPE rotates, shared by all heads
     v_h = c W_uv^h
     q_h = [q_nope^h | RoPE(q_rope^h)]    head_h = Attention(q_h, k_h, v_h)
 
-Since q_nope . (c W_uk) = (q_nope W_uk^T) . c, decoding multiplies W_uk into the query and applies W_uv after the
-weighted mean: all heads attend to the latents, which are not expanded. A rotation between W_uk and the query
-would forbid this, hence the separate rotated slice.
+Since q_nope . (c W_uk) = (q_nope W_uk^T) . c, decoding multiplies the query by W_uk^T and applies W_uv after the
+weighted mean. So all heads attend to the latents directly. If RoPE also rotated c W_uk, a rotation would stand between
+the query and W_uk, and this would not work. Therefore RoPE has separate channels, r.
 
 DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3 Technical Report, arXiv 2412.19437. Blog: Attention, MLA.
 """
@@ -23,19 +23,19 @@ from llm.modules.norms import RMSNorm
 
 
 class LatentAttention(nn.Module):
-    """(B, T, d_model) -> (B, T, d_model). Queries and keys are [qk_nope_head_dim | qk_rope_head_dim] wide.
+    """(B, T, d_model) -> (B, T, d_model). Query and key heads have qk_nope_head_dim + qk_rope_head_dim channels.
 
     kv_lora_rank   width of the cached latent
-    rope           rotates the qk_rope_head_dim slices (B, T, H, D), in DeepSeek with interleaved pairs of channels;
-                   without it there is no rotation
-    q_lora_rank    queries pass through a latent of this width, too; None: one full projection
-    norm_eps       of the norms on the latents: 1e-6 in every DeepSeek model, whatever its other norms use
-    scale          factor of the scores, 1 / sqrt(qk_nope_head_dim + qk_rope_head_dim) where it is not given;
-                   DeepSeek with YaRN multiplies that by the square of its mscale
+    rope           rotates the last qk_rope_head_dim channels, (B, T, H, D); DeepSeek rotates interleaved pairs.
+                   None: no rotation
+    q_lora_rank    width of a latent from which the queries are computed; None: one full projection
+    norm_eps       epsilon of the norms on the latents; every DeepSeek model uses 1e-6, even if its other norms differ
+    scale          factor of the scores; default: 1 / sqrt(qk_nope_head_dim + qk_rope_head_dim).
+                   DeepSeek with YaRN multiplies the default by the square of yarn_mscale
     mask           which keys a query may see (llm/modules/masks.py)
 
-    Without a cache, keys and values are expanded. With one, only the latent and the rotated key are stored, and
-    `attend_absorbed` reads them.
+    Without a cache, `attend_expanded` computes the keys and values of all heads. With a cache, which holds only latents
+    and rotated keys, `attend_absorbed` attends to these directly.
     """
 
     def __init__(
@@ -80,25 +80,25 @@ class LatentAttention(nn.Module):
         return self.o_proj(heads.flatten(2))
 
     def queries(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, d_model) -> the part without a position (B, T, H, nope) and the rotated part (B, T, H, rope)."""
+        """x (B, T, d_model) -> the part without RoPE (B, T, H, nope) and the rotated part (B, T, H, rope)."""
         q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
         q_nope, q_rope = q.unflatten(-1, (self.n_heads, -1)).split(self.q_split, -1)
         return q_nope, q_rope if self.rope is None else self.rope(q_rope, positions)
 
     def compress(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, d_model) -> what is cached: the normed latent (B, T, kv_lora_rank), the rotated key (B, T, rope)."""
+        """x (B, T, d_model) -> the cached tensors: normed latent (B, T, kv_lora_rank), rotated key (B, T, rope)."""
         latent, k_rope = self.kv_a_proj(x).split(self.kv_split, -1)
         if self.rope is not None:
             k_rope = self.rope(k_rope[:, :, None], positions)[:, :, 0]
         return self.kv_a_norm(latent), k_rope
 
     def attend_expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, places: Places) -> Tensor:
-        """Multi-head attention on keys and values rebuilt from the latents: -> (B, T, H, v_head_dim)."""
+        """Multi-head attention with keys and values computed from the latents: -> (B, T, H, v_head_dim)."""
         k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.n_heads, -1)).split(self.expanded_split, -1)
         k_rope = k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)
         q = torch.cat([q_nope, q_rope], -1).transpose(1, 2)  # (B, H, T, nope + rope)
         k = torch.cat([k_nope, k_rope], -1).transpose(1, 2)  # (B, H, S, nope + rope)
-        # fused kernels want values as wide as keys; padded zeros come out as zeros
+        # fused kernels need values as wide as keys: pad with zeros here, cut the result below
         padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1]))).transpose(1, 2)
         heads = attend(q, k, padded, places, self.mask, scale=self.scale)
         return heads.transpose(1, 2)[..., : v.shape[-1]]
@@ -108,7 +108,7 @@ class LatentAttention(nn.Module):
         up_proj = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1))
         w_uk, w_uv = up_proj.split(self.expanded_split, 1)  # (H, nope, rank), (H, v_head_dim, rank)
         q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w_uk)
-        # one key for all heads: the heads of a token are just more queries at its position
+        # all heads share one key, so the heads of a token are treated as more queries at the same position
         q = torch.cat([q_latent, q_rope], -1).flatten(1, 2)[:, None]  # (B, 1, T H, rank + rope)
         repeated = Places(places.q.repeat_interleave(self.n_heads, -1), places.k)
         k = torch.cat([latent, k_rope], -1)[:, None]  # (B, 1, S, rank + rope)
@@ -116,11 +116,11 @@ class LatentAttention(nn.Module):
         return torch.einsum("bthr,hdr->bthd", mixed.unflatten(1, (-1, self.n_heads)), w_uv)
 
     def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """Slots of kv_lora_rank + qk_rope_head_dim numbers for `length` tokens, or for the mask's reach if shorter."""
+        """Slots for `length` tokens, or the mask's reach if shorter: kv_lora_rank + qk_rope_head_dim values each."""
         n_slots, (rank, rope_dim) = min(length, self.mask.reach), self.kv_split
         return empty_slots(batch_size, n_slots, self.kv_b_proj.weight, latent=(rank,), k_rope=(rope_dim,))
 
     def flops(self, context: int) -> float:
-        """FLOPs per token of the two products in `attend_expanded`, without the projections."""
+        """FLOPs per token of the two attention products in `attend_expanded`, without the projections."""
         widths = sum(self.q_split) + self.expanded_split[1]  # of a key and of a value
         return 2 * self.n_heads * widths * mean_keys(self.mask, context)

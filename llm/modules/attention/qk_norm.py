@@ -1,15 +1,15 @@
-"""QK-norm: bound the scores by normalising queries and keys, so that no softmax saturates while the weights grow.
+"""QK-norm: normalise queries and keys to bound the scores, so that the softmax does not saturate as weights grow.
 
-    per head     q_h = norm(x W_q^h)               one gain of width head_dim for all heads; before RoPE
-    full width   [q_1 .. q_H] = norm(x W_q)        one mean and a gain for each channel of all heads; before RoPE
-    L2           q_h = RoPE(x W_q^h) / rms         no gain; after RoPE
+    per head     q_h = norm(x W_q^h)               the heads share one gain of width head_dim; before RoPE
+    full width   [q_1 .. q_H] = norm(x W_q)        one rms over all heads, a gain for each channel; before RoPE
+    L2           q_h = RoPE(x W_q^h) / rms         no learned gain; after RoPE
     QKNorm       score = g cos(q_h, k_h)           a learned g instead of 1 / sqrt(head_dim)
 
-and keys likewise. The first is MultiHeadAttention's own argument `qk_norm` (Qwen3, Gemma 3); the others are below. The
-gains of the three norms have different shapes, and only the full-width norm makes one head's scale depend on the other
-heads. A rotation keeps lengths, so without a gain the order of L2 and RoPE does not matter; with a gain it does.
+Keys are treated in the same way. The first is the argument `qk_norm` of MultiHeadAttention (Qwen3, Gemma 3); the others
+are below. Only with the full-width norm does the scale of a head depend on the other heads. RoPE keeps the length of a
+vector, so without a gain the order of norm and RoPE does not matter. With a gain it does.
 
-Query-Key Normalization for Transformers, arXiv 2010.04245; with a norm that has a gain: Scaling Vision Transformers to
+Query-Key Normalization for Transformers, arXiv 2010.04245; norms with a gain: Scaling Vision Transformers to
 22 Billion Parameters, arXiv 2302.05442. Blog: Normalization, QK-norm.
 """
 
@@ -24,13 +24,13 @@ from llm.modules.attention.multi_head import MultiHeadAttention
 
 
 class FullWidthQKNormAttention(MultiHeadAttention):
-    """Queries (B, T, H D) and keys (B, T, H_kv D) are normalised before they are split into heads.
+    """Multi-head attention that normalises queries (B, T, H D) and keys (B, T, H_kv D) before the split into heads.
 
     2 OLMo 2 Furious, arXiv 2501.00656.
     """
 
     def __init__(self, *, qk_norm: Callable[[int], nn.Module], **options):
-        """`qk_norm` makes a normalisation of a given width; `options` are those of MultiHeadAttention."""
+        """`qk_norm(width)` returns a norm layer of that width; `options` are those of MultiHeadAttention."""
         super().__init__(**options)
         self.q_norm = qk_norm(self.q_proj.out_features)
         self.k_norm = qk_norm(self.k_proj.out_features)
@@ -44,10 +44,10 @@ class FullWidthQKNormAttention(MultiHeadAttention):
 
 
 class L2QKNormAttention(MultiHeadAttention):
-    """Each query and key head is divided by its root mean square after the rotation: nothing is learned.
+    """After RoPE, each query and key head is divided by its root mean square. There is no learned gain.
 
-    Called L2 since the root mean square is the L2 norm / sqrt(head_dim); scores lie within +-sqrt(head_dim).
-    Llama 4 (in its layers with RoPE) and nanochat.
+    The name L2 is used since the root mean square is the L2 norm / sqrt(head_dim). With the default scale, scores are
+    within +-sqrt(head_dim). Llama 4 (in its layers with RoPE) and nanochat use it.
     """
 
     def __init__(self, *, norm_eps: float = 1e-6, **options):
@@ -62,14 +62,14 @@ class L2QKNormAttention(MultiHeadAttention):
 
 
 class QKNormAttention(MultiHeadAttention):
-    """QKNorm as first proposed: the score is the cosine between query and key times a learned number, one a layer.
+    """The original QKNorm: the score is the cosine of query and key times a learned number, one for each layer.
 
-    That number starts at log2(L^2 - L), L the length of a text: cosines alone are too alike to point at one key.
+    The number starts at log2(L^2 - L), with L the text length. Cosines alone are too small for a peaked softmax.
     Query-Key Normalization for Transformers, arXiv 2010.04245.
     """
 
     def __init__(self, *, length: int, **options):
-        """`length` is that of a long training text; `options` are those of MultiHeadAttention, without `scale`."""
+        """`length` is L, that of a long training text; `options` are those of MultiHeadAttention, without `scale`."""
         super().__init__(scale=1.0, **options)
         if length < 2:
             raise ValueError(f"length = {length} must be at least 2: QKNorm starts at log2(length^2 - length)")

@@ -1,9 +1,9 @@
-"""StreamingLLM: a window, and beside it the first tokens of the text, which stay in the cache.
+"""StreamingLLM: attention to a sliding window and to the first tokens of the text, which stay in the cache.
 
-A trained Transformer puts superfluous attention weight on the first tokens. A window that drops them breaks the model.
-With four of them kept beside the window, a text may grow without end in constant memory. Efficient Streaming Language
-Models with Attention Sinks, arXiv 2309.17453. Here tokens keep their original positions, so that generating with the
-cache equals recomputing the text; the paper renumbers the tokens inside its cache. Blog: Attention, attention sinks.
+A trained Transformer gives the first tokens much attention, even if their content is irrelevant. A window without them
+breaks the model. The paper keeps four of them, so a text can grow without end in constant memory. It renumbers the
+positions in its cache. Here tokens keep their positions, so generation with a cache equals recomputing the text.
+Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453. Blog: Attention, attention sinks.
 """
 
 import torch
@@ -15,7 +15,7 @@ from llm.modules.masks import FirstAndWindow
 
 
 class StreamingAttention(MultiHeadAttention):
-    """Multi-head attention to the last `window_size` tokens and the first `n_first`, in a cache of as many slots."""
+    """Multi-head attention to the first `n_first` and the last `window_size` tokens; the cache holds only these."""
 
     def __init__(self, *, n_first: int, window_size: int, d_model: int, n_heads: int, **options):
         """`options` are those of MultiHeadAttention, except mask."""
@@ -28,18 +28,18 @@ class StreamingAttention(MultiHeadAttention):
         return store_first(cache, positions, self.n_first, k=k, v=v)
 
     def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
-        """`n_first` slots that are written once, then a ring of `window_size`."""
+        """`n_first` slots that are never overwritten, then a ring buffer of at most `window_size` slots."""
         n_slots = self.n_first + min(length, self.window_size)
         shape = (self.n_kv_heads, self.head_dim)
         return empty_slots(batch_size, n_slots, self.k_proj.weight, k=shape, v=shape)
 
 
 def store_first(cache: dict[str, Tensor], positions: Tensor, n_first: int, **new: Tensor) -> tuple[Tensor, ...]:
-    """`store` into a ring, and token p < n_first into slot p as well, for good. Returns what `store` returns.
+    """`store` into a ring buffer, and copy token p < n_first to slot p, where it stays. Returns what `store` returns.
 
-    cache[..][:, :n_first] are the first tokens, the slots behind them the ring. First tokens are hidden in the ring, so
-    that none is seen twice. With n_first = 2 and a window of 3, token p goes to ring slot
-    p % 3, and after each of the tokens 0 to 6 the slots hold (in brackets: hidden)
+    cache[..][:, :n_first] holds the first tokens, the other slots are the ring. The ring hides first tokens, so that no
+    query sees them twice. Example: with n_first = 2 and a window of 3, token p goes to ring slot p % 3. After each
+    of the tokens 0 to 6, the slots hold (in brackets: hidden)
 
         token    first    ring               token    first    ring
           0      0  -    (0)  -   -            4      0  1     3   4   2
@@ -51,7 +51,7 @@ def store_first(cache: dict[str, Tensor], positions: Tensor, n_first: int, **new
     recent_pos = torch.where(places.k < n_first, -1, places.k)
 
     slot = torch.arange(n_first, device=positions.device)
-    index = slot - positions[:, :1]  # (B, n_first): where among the new tokens the one at position `slot` is
+    index = slot - positions[:, :1]  # (B, n_first): index, among the new tokens, of the token at position `slot`
     arrives = (index >= 0) & (index < positions.shape[1])
     row = torch.arange(len(positions), device=positions.device)[:, None]
     for name, tokens in (new | {"pos": positions}).items():

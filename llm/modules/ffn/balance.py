@@ -1,16 +1,16 @@
-"""Balance: the auxiliary losses of routers, and the counts of how often each expert was chosen.
+"""Load balance: the auxiliary losses of routers, and counts of how often each expert was chosen.
 
     balance loss = mean over sequences of  E sum_i f_i P_i        f_i: expert i's share of the choices in the sequence
                                                                   P_i: its mean probability in the sequence
     z loss       = mean over tokens of (log sum exp logits)^2
 
-The balance loss is taken per sequence, as DeepSeek-V2 defines it (arXiv 2405.04434, section 2.2.3). A mean over
-sequences does not depend on how a global batch is cut into micro-batches or shared by ranks. The product of two means
-over a batch, as in Switch Transformers, does: each micro-batch would have other shares f_i.
+The balance loss is computed per sequence, as in DeepSeek-V2 (arXiv 2405.04434, section 2.2.3). So the mean does not
+depend on how a global batch is split into micro-batches and ranks. Switch Transformers multiply means over a batch
+instead. Their loss depends on the split, since f_i differs between micro-batches.
 
-In training a router stores `aux_loss`, and `seen`: the counts of this forward pass. `Transformer.loss` takes both right
-after the forward pass, so what activation checkpointing recomputes in the backward pass is not counted again. They are
-not buffers, which DDP would replace by rank 0's.
+In training a router stores `aux_loss` and the counts of the forward pass, `seen`. `Transformer.loss` reads both right
+after the forward pass. So the forward passes that activation checkpointing repeats later are not counted. The counts
+are not buffers, because DDP overwrites buffers with those of rank 0.
 
 Switch Transformers, arXiv 2101.03961, section 2.2; ST-MoE, arXiv 2202.08906. Blog: FFN and MoE, load balance.
 """
@@ -20,23 +20,23 @@ from torch import Tensor, distributed, nn
 
 
 def balance_loss(p: Tensor, chosen: Tensor) -> Tensor:
-    """E sum_i f_i P_i, mean over sequences, for probabilities p (B, T, E) and how often each expert was chosen (B, E):
-    1 at an even load, at most E / k with k choices a token. The gradient flows through P only.
+    """E sum_i f_i P_i, mean over sequences. p (B, T, E) are probabilities; `chosen` (B, E) counts the choices of each
+    expert. The loss is 1 at an even load and at most E / k with k choices per token. Only P has a gradient.
 
-    Switch Transformers, arXiv 2101.03961, equations 4-6, for k choices as in DeepSeekMoE, arXiv 2401.06066.
+    Switch Transformers, arXiv 2101.03961, equations 4-6; with k choices: DeepSeekMoE, arXiv 2401.06066.
     """
     shares = chosen / chosen.sum(-1, keepdim=True)
     return p.shape[-1] * (shares * p.mean(1)).sum(-1).mean()
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """mean (log sum exp logits)^2 over tokens: keeps the logits (.., E) small, and with them the rounding errors.
+    """mean (log sum exp logits)^2 over tokens: it keeps the logits (.., E) and so their rounding errors small.
     ST-MoE: Designing Stable and Transferable Sparse Expert Models, arXiv 2202.08906, equation 5."""
     return logits.logsumexp(-1).square().mean()
 
 
 class Balanced(nn.Module):
-    """The base class of routers: stores their losses, and counts what they chose until `after_step`.
+    """The base class of routers: it stores their losses, and sums up their choices until `after_step`.
 
     aux_loss_coef, z_loss_coef    weights of `balance_loss` and `z_loss` in `aux_loss`
     """
@@ -44,13 +44,13 @@ class Balanced(nn.Module):
     def __init__(self, n_experts: int, aux_loss_coef: float, z_loss_coef: float):
         super().__init__()
         self.n_experts, self.aux_loss_coef, self.z_loss_coef = n_experts, aux_loss_coef, z_loss_coef
-        self.aux_loss: Tensor | None = None  # of the last forward pass in training, until it is taken
+        self.aux_loss: Tensor | None = None  # of the last training forward pass, until `pop_loss` returns it
         self.seen: Tensor | None = None  # counts of that forward pass
         self.total: Tensor | None = None  # sum of `seen` since the last step
-        self.last_step: Tensor | None = None  # `total` of the step before, over all ranks
+        self.last_step: Tensor | None = None  # `total` of the last finished step, summed over all ranks
 
     def observe(self, logits: Tensor, scores: Tensor, chosen: Tensor, weights: Tensor) -> None:
-        """Logits and scores (.., T, E), the chosen experts and their weights (.., T, k): set `aux_loss` and
+        """Set `aux_loss` and `seen` from logits and scores (.., T, E), chosen experts and their weights (.., T, k).
         `seen` (E + 3,) = [choices of each expert, dropped choices, sum of entropies in nats, tokens]."""
         p = (scores / scores.sum(-1, keepdim=True)).reshape(-1, *scores.shape[-2:])  # (B, T, E)
         choices = chosen.reshape(len(p), -1)  # (B, T k)
@@ -62,8 +62,8 @@ class Balanced(nn.Module):
         self.seen = torch.cat([counts.sum(0), rest]).detach()
 
     def pop_loss(self) -> Tensor | None:
-        """Right after a forward pass: its `aux_loss`, once; what the pass chose is added to the total."""
-        loss, self.aux_loss = self.aux_loss, None  # copy.deepcopy fails on tensors with a graph
+        """Called right after a forward pass: return and clear its `aux_loss`, and add its counts to `total`."""
+        loss, self.aux_loss = self.aux_loss, None  # copy.deepcopy fails on tensors with an autograd graph
         if self.seen is not None:
             self.total = self.seen if self.total is None else self.total + self.seen
             self.seen = None
@@ -71,7 +71,7 @@ class Balanced(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """After an optimiser step, on every rank: sum the counts over the ranks, then `rebalance`. The counts of
+        """Called after an optimiser step on every rank: sum the counts over the ranks, then `rebalance`. The counts of
         recomputed forward passes are discarded."""
         total, self.total, self.seen, self.aux_loss = self.total, None, None, None
         if total is not None:
@@ -81,11 +81,11 @@ class Balanced(nn.Module):
             self.rebalance(total[: self.n_experts])
 
     def rebalance(self, load: Tensor) -> None:
-        """React to how often each expert was chosen in the last step, (E,). By default nothing changes."""
+        """Adjust the router to `load` (E,), the choices of each expert in the last step. By default, do nothing."""
 
     def metrics(self) -> dict[str, float | list[float]]:
-        """Of the last step: each expert's share of the choices, the share of dropped choices, and the mean entropy of
-        the scores in nats (log n_experts: undecided; 0: certain)."""
+        """Of the last step: the share of choices of each expert, the share of dropped choices, and the mean entropy of
+        the normalised scores in nats (log n_experts: uniform; 0: all on one expert)."""
         if self.last_step is None:
             return {}
         *chosen, n_dropped, nats, n_tokens = self.last_step.tolist()

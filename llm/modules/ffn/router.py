@@ -1,15 +1,15 @@
-"""Routers: which experts a token goes to, and how much each counts. balance.py keeps the experts equally busy.
+"""Routers choose the experts of each token and their weights. balance.py has the losses that keep the load even.
 
     scores = softmax(x W)  or  sigmoid(x W)        chosen = the top k        weight_i = scale * score_i [/ their sum]
 
 | router        | models                             | scores  | chosen by                 | weights                  |
 |---------------|------------------------------------|---------|---------------------------|--------------------------|
-| SoftmaxRouter | Mixtral, GPT-OSS (bias), Qwen3-MoE | softmax | score                     | sum to 1 (Qwen: may not) |
-|               | DeepSeek-V2                        | softmax | score, best groups only   | as they are, times scale |
+| SoftmaxRouter | Mixtral, GPT-OSS (bias), Qwen3-MoE | softmax | score                     | sum to 1 (Qwen: if set)  |
+|               | DeepSeek-V2                        | softmax | score, best groups only   | unchanged, times scale   |
 | SigmoidRouter | DeepSeek-V3                        | sigmoid | score + bias, best groups | sum to scale             |
-| SwitchRouter  | Switch Transformer (switch.py)     | softmax | score, the best one       | as it is, 0 when dropped |
+| SwitchRouter  | Switch Transformer (switch.py)     | softmax | score, the best one       | unchanged, 0 if dropped  |
 
-A softmax over the k chosen logits (GPT-OSS) is the softmax over all of them with the chosen scaled to sum to 1.
+GPT-OSS takes a softmax over the k chosen logits: this equals the softmax over all, divided by the sum of the chosen.
 
 Mixtral of Experts, arXiv 2401.04088; DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3 Technical Report, arXiv 2412.19437.
 Blog: FFN and MoE, routing.
@@ -23,14 +23,14 @@ from llm.modules.kernels.precision import full_precision_linear
 
 
 class Router(Balanced):
-    """x (.., d_model) -> experts (.., top_k) int64 and weights (.., top_k), in fp32 (float64 stays).
+    """x (.., d_model) -> experts (.., top_k) int64 and weights (.., top_k), in fp32 (float64 for float64 x).
 
-    normalize     divide the weights by their sum; with top_k = 1 only the balance loss would then teach the router
+    normalize     divide the weights by their sum; with top_k = 1 only the auxiliary losses then train the router
     scale         factor of the weights (DeepSeek's routed_scaling_factor)
-    n_groups      the experts form n_groups groups of equal size, of which a token may use `top_k_groups`
-    aux_loss_coef, z_loss_coef    weights of the two losses in balance.py, which training adds
+    n_groups      the experts form n_groups equal groups; the experts of a token come from `top_k_groups` of them
+    aux_loss_coef, z_loss_coef    weights of the two auxiliary losses in balance.py
 
-    Raises ValueError where a token could not find `top_k` different experts.
+    Raises ValueError if a token could not have `top_k` different experts, or if the groups are not equal.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Router(Balanced):
         return experts, weights
 
     def logits(self, x: Tensor) -> Tensor:
-        """(.., E), never in half precision: rounding there changes the choice. Switch Transformers, section 2.4."""
+        """(.., E), never in half precision: its rounding could change the choice. Switch Transformers, section 2.4."""
         return full_precision_linear(x, self.weight, self.bias)
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Router(Balanced):
         return best_of_groups(scores, self.n_groups, self.top_k_groups, best=1).topk(self.top_k).indices
 
     def weigh(self, scores: Tensor, experts: Tensor) -> Tensor:
-        """How much each chosen expert counts: (.., top_k)."""
+        """The weights of the chosen experts: (.., top_k)."""
         weights = scores.gather(-1, experts)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -88,19 +88,19 @@ class Router(Balanced):
 
 
 class SoftmaxRouter(Router):
-    """Scores that sum to 1: experts compete."""
+    """The scores of a token are a softmax over all experts, so they sum to 1."""
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1)
 
 
 class SigmoidRouter(Router):
-    """An independent score for each expert, and a bias that balances them without a loss.
+    """Each expert has an independent score, and a bias balances the load without an auxiliary loss.
 
         chosen = top k of (score + expert_bias)      after a step: expert_bias_i += speed * sign(mean load - load_i)
 
-    The bias changes which experts are chosen, never their weights. It is a buffer, saved with the weights: `after_step`
-    changes it, and it has no gradient.
+    The bias changes which experts are chosen, but not their weights. It has no gradient: `after_step` updates it. It is
+    a buffer, so checkpoints contain it.
     Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv 2408.15664.
     """
 
@@ -121,8 +121,8 @@ class SigmoidRouter(Router):
 
 
 def best_of_groups(scores: Tensor, n_groups: int, n_kept: int, best: int) -> Tensor:
-    """Scores (.., E) with -inf outside the `n_kept` best groups of experts. A group is judged by the sum of its `best`
-    largest scores: 1 in DeepSeek-V2, 2 in DeepSeek-V3. In training on many machines, each holds one group."""
+    """Scores (.., E) with -inf outside the `n_kept` best groups of experts. The score of a group is the sum of its
+    `best` largest scores: 1 in DeepSeek-V2, 2 in V3. If each machine holds one group, a token goes to few machines."""
     if n_groups == 1:
         return scores
     grouped = scores.unflatten(-1, (n_groups, -1))  # (.., G, E / G)
@@ -132,7 +132,7 @@ def best_of_groups(scores: Tensor, n_groups: int, n_kept: int, best: int) -> Ten
 
 
 def check_routing(n_experts: int, top_k: int, n_groups: int = 1, top_k_groups: int = 1) -> None:
-    """Raises ValueError where a token could not find `top_k` different experts."""
+    """Raises ValueError if a token could not have `top_k` different experts, or if the groups are not equal."""
     if not 1 <= top_k <= n_experts:
         raise ValueError(
             f"top_k = {top_k} must lie between 1 and n_experts = {n_experts} (--model.top-k, --model.n-experts)"

@@ -1,8 +1,8 @@
-"""Learned positions: a table with one vector for each position, added to the token's.
+"""Learned positions: a table with one vector for each position, which is added to the token embedding.
 
     x_p = E[token_p] + P[p]
 
-The table ends at the trained length: later positions have no vector. Its numbers are drawn with a deviation of 0.02.
+The table has max_seq_len rows, so later positions have no vector. Its standard deviation at initialisation is 0.02.
 Convolutional Sequence to Sequence Learning, arXiv 1705.03122, section 3.1; GPT-2. Blog: Position encoding, learned.
 """
 
@@ -12,8 +12,8 @@ from llm.modules.kernels.precision import is_remote
 
 
 class LearnedPosition(nn.Module):
-    """Positions (T,) or (B, T) -> (.., T, d_model). Padding (negative positions) gets the first vector, which no mask
-    shows. Raises ValueError for more tokens than the table has positions, on a CPU also for a position beyond its end.
+    """Positions (T,) or (B, T) -> (.., T, d_model). Padding (negative positions) gets the vector of position 0; masks
+    hide it. Raises ValueError on a CPU for a position beyond the table, elsewhere for more tokens than rows.
     """
 
     def __init__(self, max_seq_len: int, d_model: int):
@@ -26,7 +26,7 @@ class LearnedPosition(nn.Module):
         return self.table(positions.clamp(min=0))
 
     def check(self, n_tokens: int) -> None:
-        """Raises ValueError where a text of `n_tokens` tokens does not fit."""
+        """Raises ValueError if the table has fewer than `n_tokens` positions."""
         if n_tokens > self.table.num_embeddings:
             raise ValueError(
                 f"{n_tokens} tokens do not fit: learned positions end at max_seq_len = {self.table.num_embeddings}; "

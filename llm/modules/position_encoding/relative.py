@@ -1,10 +1,10 @@
-"""Transformer-XL's relative positions: scores ask what a key holds and, separately, how far back it stands.
+"""Relative positions of Transformer-XL: each score is a content term plus a term for the distance of the key.
 
     score(i, j) = [ (q_i + u) . k_j  +  (q_i + v) . W_r R_(i - j) ] / sqrt(d)
 
-R_n is the sinusoidal vector of distance n; W_r is learned, and so are u and v, one pair for each head. Multiplied out,
-these are the paper's four terms: content with content, content with distance, key with u, distance with v.
-The paper's recurrence across segments is left out: a text is one segment.
+R_n is the sinusoidal vector of distance n. W_r is learned, and so are u and v, one pair for each head. Multiplied out,
+the score has the paper's four terms: q with k, q with the distance, u with k, and v with the distance. The paper's
+recurrence across segments is left out: a text is one segment.
 
 Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context, arXiv 1901.02860, section 3.3 and appendix B.
 Blog: Position encoding, relative.
@@ -22,9 +22,9 @@ from llm.modules.position_encoding.sinusoidal import sinusoidal
 
 
 class RelativeAttention(MultiHeadAttention):
-    """Multi-head attention whose scores know distances: (B, T, d_model) -> (B, T, d_model). d_model must be even."""
+    """Multi-head attention with relative positions: (B, T, d_model) -> (B, T, d_model). d_model must be even."""
 
-    no_weight_decay = ("u", "v")  # they are biases, although they have two axes
+    no_weight_decay = ("u", "v")  # u and v are biases, although they have two axes
 
     def __init__(self, *, d_model: int, n_heads: int):
         super().__init__(d_model=d_model, n_heads=n_heads)
@@ -34,9 +34,8 @@ class RelativeAttention(MultiHeadAttention):
         self.v = nn.Parameter(torch.zeros(n_heads, self.head_dim))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-        """q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Keys of a cache come in any order, within S positions
-        of
-        each other."""
+        """q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Cached keys may have any order. The distance of a query
+        and a visible key is below S."""
         scale = self.head_dim**-0.5
         by_distance = self.score_distances(q, k.shape[2])
         aligned = shift(by_distance) if places.whole_text else gather(by_distance, places)
@@ -44,7 +43,7 @@ class RelativeAttention(MultiHeadAttention):
         return attend(query, k, v, places, self.mask, bias=aligned * scale, scale=scale)
 
     def score_distances(self, q: Tensor, n: int) -> Tensor:
-        """The position term of every query for the distances n - 1, .., 1, 0: (B, H, T, n)."""
+        """The unscaled distance term of every query for the distances n - 1, .., 1, 0: (B, H, T, n)."""
         distances = torch.arange(n - 1, -1, -1, device=q.device)
         r = self.r_proj(sinusoidal(distances, self.d_model).to(self.r_proj.weight.dtype))  # (n, H D)
         r = r.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0)  # (H, D, n)
@@ -56,9 +55,9 @@ class RelativeAttention(MultiHeadAttention):
 
 
 def gather(by_distance: Tensor, places: Places) -> Tensor:
-    """Scores for the distances S - 1 .. 0 -> scores for the keys, (B, H, T, S) both, by looking each one up.
+    """Scores by distance, S - 1 .. 0, -> scores by key, by looking each one up; both are (B, H, T, S).
 
-    Keys in the future and padding, which are masked later, get the score of the nearest distance that exists.
+    For future keys and padding, the distance is clamped to 0 .. S - 1; the mask hides these keys later.
     """
     n = by_distance.shape[-1]
     distance = (places.q[..., :, None] - places.k[..., None, :]).clamp(0, n - 1)  # (T, S) or (B, T, S)
@@ -68,8 +67,8 @@ def gather(by_distance: Tensor, places: Places) -> Tensor:
 
 
 def shift(by_distance: Tensor) -> Tensor:
-    """The same without a look-up, for one whole text: the row of query i must move left by T - 1 - i. With one more
-    column on the left, reading the numbers in rows of T does that. (B, H, T, T) both."""
+    """The same for one whole text, without a look-up: (B, H, T, T) both. Row i must move left by T - 1 - i. To do so,
+    add a column on the left, read the numbers in rows of T, and drop the first row."""
     n_rows, n_columns = by_distance.shape[-2:]
     padded = F.pad(by_distance, (1, 0))  # (B, H, T, T + 1)
     return padded.flatten(-2).unflatten(-1, (n_columns + 1, n_rows))[..., 1:, :]
