@@ -34,7 +34,7 @@ class Export:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    flags = tyro.extras.subcommand_cli_from_dict({"export": Export}, args=arguments)
+    flags = tyro.extras.subcommand_cli_from_dict({"export": Export}, args=arguments, prog="python -m llm.pretrained")
     model, tokenizer = load_run(flags.run, torch.device("cpu"))
     if is_hub_folder(flags.run):
         tokenizer = flags.run / TOKENIZER  # export copies the files beside it, too

@@ -187,7 +187,7 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    flags = tyro.cli(Arguments, args=arguments)
+    flags = tyro.cli(Arguments, args=arguments, prog="python -m llm.compare")
     folders = [path for path in flags.runs if (path / "config.json").is_file()]
     if not folders:
         raise ValueError(f"none of {', '.join(map(str, flags.runs)) or 'nothing'} is a run directory")

@@ -62,7 +62,7 @@ class Profile:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Profile]:
-    a = tyro.cli(Arguments, args=arguments)
+    a = tyro.cli(Arguments, args=arguments, prog="python -m llm.plot_initialization")
     tokens, vocab_size = read_tokens(a)
     Model = MODELS[a.model]
     sizes = {"n_layers": a.n_layers, "d_model": a.d_model, "vocab_size": vocab_size, "max_seq_len": a.window_size}

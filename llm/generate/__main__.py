@@ -61,7 +61,7 @@ class Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command: stream one story, or print several, each under its number."""
-    flags = tyro.cli(Arguments, args=arguments)
+    flags = tyro.cli(Arguments, args=arguments, prog="python -m llm.generate")
     device = find_device(flags.device)
     model, tokenizer = load_run(flags.path, device)
     if wants_compiling(flags.compile, device):
