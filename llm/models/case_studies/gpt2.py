@@ -9,11 +9,10 @@ Blog: Case studies; Position encoding, learned.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llm.config import ModelConfig, check_divides, check_positive
+from llm.models.baseline import Baseline
 from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.blocks import Block
@@ -26,20 +25,8 @@ from llm.modules.position_encoding.learned import LearnedPosition
 
 class GPT2(Transformer):
     @dataclass(frozen=True)
-    class Config(ModelConfig):
+    class Config(Baseline.Config):
         """18.0 M parameters by default, 5.1 M of them the embedding."""
-
-        n_heads: int = 16
-        """Attention heads; must divide d_model."""
-        d_ff: int = 2048
-        """Width of the feed-forward layer."""
-
-        small: ClassVar[dict[str, Any]] = {**ModelConfig.small, "n_heads": 4, "d_ff": 512}
-
-        def __post_init__(self):
-            super().__post_init__()
-            check_positive(self, "n_heads", "d_ff")
-            check_divides(self, "n_heads", "d_model", " or another width (--model.d-model)")
 
     def __init__(self, config: Config):
         super().__init__(config)
