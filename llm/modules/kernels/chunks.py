@@ -1,0 +1,132 @@
+"""The recurrences of llm/modules/recurrent/core.py in chunks of 64 tokens, as matrix products.
+
+With total_t the sum of the log decays from the start of the chunk to token t, and S the state before the chunk:
+
+    p[t, j]  = sum_c q_t k_j exp(total_t - total_j), j <= t          what token t reads of what token j wrote
+    linear     o = p v + (q exp(total)) S                            S' = exp(end) S + (k exp(end - total))^T v
+    delta      (I + own) new = beta (v - (k exp(total)) S)           own: p with k for q, j < t, times beta_t
+               o and S' as above, with `new` for v                   `new`: what is really written, once the state is read
+    low rank   (I - p_ab) z = p_ak v + (a exp(total)) S              z_t = S_{t-1}^T a_t; a reads before its token's decay,
+               o = p_qk v + p_qb z + ..                              so its rows are those of the token before
+
+`end` is the last total. A text is filled up with zeros: no input, no decay, no correction.
+Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484; Gated Linear Attention,
+arXiv 2312.06635, section 4; Kimi Linear, arXiv 2510.26692, section 3. Blog: State-space models.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm.modules.kernels.precision import product_dtype
+
+CHUNK = 64
+DIRECT = 8
+"""Below this many tokens, products with a decay per channel are written out."""
+
+
+def chunked_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`explicit_linear_attention`, with products in v's dtype or autocast's, and the state in its own."""
+    n_tokens, dtype = q.shape[1], product_dtype(v)
+    q, k, v, log_decay = (in_chunks(x) for x in (q, k, v, log_decay))
+    total = log_decay.cumsum(-2)
+    end = total[..., -1:, :]
+    read = decayed_products(q, k, total, dtype)  # (B, H, N, C, C)
+    writes = (k * (end - total).exp()).to(dtype).mT @ v.to(dtype)  # (B, H, N, K, V)
+    before, after = [], state
+    for decay, write in zip(end.exp().mT.unbind(2), writes.unbind(2), strict=True):
+        before.append(after)
+        after = decay * after + write
+    carried = (q * total.exp()).to(dtype) @ torch.stack(before, 2).to(dtype)
+    return as_text(read @ v.to(dtype) + carried, n_tokens), after
+
+
+def chunked_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`explicit_delta_rule`, with products in v's dtype or autocast's, the triangular solve and the state in fp32."""
+    n_tokens, dtype = q.shape[1], product_dtype(v)
+    q, k, v, log_decay, beta = (in_chunks(x) for x in (q, k, v, log_decay, beta))
+    total = log_decay.cumsum(-2)
+    end, since_start = total[..., -1:, :], total.exp()
+    read, own = decayed_products(torch.stack([q, k]), k, total, dtype).unbind(0)
+    # without `own` on the diagonal: the solve takes ones there
+    right = beta * torch.cat([v, k * since_start], -1)
+    solved = torch.linalg.solve_triangular((beta * own).to(state.dtype), right.to(state.dtype), upper=False, unitriangular=True)
+    u, w = solved.to(dtype).split([v.shape[-1], k.shape[-1]], -1)
+    keys = (k * (end - total).exp()).to(dtype).mT
+    before, new, after = [], [], state
+    for decay, key, u_n, w_n in zip(*(x.unbind(2) for x in (end.exp().mT, keys, u, w)), strict=True):
+        before.append(after.to(dtype))
+        new.append(u_n - w_n @ before[-1])
+        after = decay * after + key @ new[-1]
+    carried = (q * since_start).to(dtype) @ torch.stack(before, 2)
+    return as_text(read @ torch.stack(new, 2) + carried, n_tokens), after
+
+
+def chunked_low_rank(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`explicit_low_rank`, with products in v's dtype or autocast's, the triangular solve and the state in fp32."""
+    n_tokens, dtype = q.shape[1], product_dtype(v)
+    q, k, v, a, b, log_decay = (in_chunks(x) for x in (q, k, v, a, b, log_decay))
+    total = log_decay.cumsum(-2)
+    end, v = total[..., -1:, :], v.to(dtype)
+    reads = torch.stack([q, earlier(a, -1)])[:, None]  # a of the next token reads this token's state
+    products = decayed_products(reads, torch.stack([k, b])[None], total, dtype)
+    (q_k, q_b), (a_k, a_b) = products[0], earlier(products[1], 1)
+    a_start = a * earlier(total, 1).exp()
+    right = torch.cat([a_k @ v, a_start.to(dtype)], -1)
+    solved = torch.linalg.solve_triangular(-a_b.to(state.dtype), right.to(state.dtype), upper=False, unitriangular=True)
+    u, w = solved.to(dtype).split([v.shape[-1], k.shape[-1]], -1)
+    to_end = (end - total).exp()
+    keys, erased = ((x * to_end).to(dtype).mT for x in (k, b))
+    writes = keys @ v
+    before, z, after = [], [], state
+    for decay, key, u_n, w_n, write in zip(*(x.unbind(2) for x in (end.exp().mT, erased, u, w, writes)), strict=True):
+        before.append(after.to(dtype))
+        z.append(u_n + w_n @ before[-1])
+        after = decay * after + key @ z[-1] + write
+    carried = (q * total.exp()).to(dtype) @ torch.stack(before, 2)
+    return as_text(q_k @ v + q_b @ torch.stack(z, 2) + carried, n_tokens), after
+
+
+def decayed_products(q: Tensor, k: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_c q_t k_j exp(total_t - total_j) for j <= t, else 0: q and k (.., C, K), total (.., C, 1 or K) -> (.., C, C).
+
+    One decay for all channels factors out of the sum. Decays per channel could be split into exp(total_t) and
+    exp(-total_j), but the second overflows. So the chunk is halved: seen from the boundary, the late half has decayed
+    since and the early half will have decayed until then, and both exponents are <= 0. Each half is halved again.
+    """
+    size = q.shape[-2]
+    if total.shape[-1] == 1:
+        later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+        return q.to(dtype) @ k.to(dtype).mT * (total - total.mT).masked_fill(later, -torch.inf).exp().to(dtype)
+    if size <= DIRECT:
+        later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+        gap = (total[..., :, None, :] - total[..., None, :, :]).masked_fill(later[..., None], -torch.inf).exp()
+        return torch.einsum("...tc,...jc,...tjc->...tj", q, k, gap).to(dtype)
+    q, k, total = (x.unflatten(-2, (2, -1)) for x in (q, k, total))  # (.., 2, C / 2, K)
+    (q_late, k_early), (early, late) = (q[..., 1, :, :], k[..., 0, :, :]), total.unbind(-3)
+    boundary = early[..., -1:, :]
+    across = (q_late * (late - boundary).exp()).to(dtype) @ (k_early * (boundary - early).exp()).to(dtype).mT
+    first, second = decayed_products(q, k, total, dtype).unbind(-3)
+    return torch.cat([F.pad(first, (0, size // 2)), torch.cat([across, second], -1)], -2)
+
+
+def earlier(x: Tensor, n: int) -> Tensor:
+    """Row t of x (.., C, K) moves to row t + n; zeros follow into the empty rows."""
+    return F.pad(x, (0, 0, n, -n))
+
+
+def in_chunks(x: Tensor) -> Tensor:
+    """(B, T, H, K) -> (B, H, N, 64, K), filled up with zeros."""
+    filled = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % CHUNK))
+    return filled.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4)
+
+
+def as_text(o: Tensor, n_tokens: int) -> Tensor:
+    """(B, H, N, 64, V) -> (B, T, H, V)."""
+    return o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :n_tokens]
