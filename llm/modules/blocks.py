@@ -6,7 +6,8 @@
     sandwich norm    x + norm'(f(norm(x)))       Gemma 2 and 3: a norm before f and one after it
     parallel         x + f(norm(x)) + g(norm(x))       GPT-J, PaLM: attention and feed-forward read the same input
 
-f is the mixer, then the feed-forward layer (parallel: g). All blocks have the same constructor and forward arguments.
+f is the mixer, then the feed-forward layer (parallel: g). All blocks have the same constructor and forward arguments, but
+`MixerBlock`, which has no feed-forward layer.
 On Layer Normalization in the Transformer Architecture, arXiv 2002.04745. Blog: Normalization, pre- and post-norm.
 """
 
@@ -28,6 +29,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), positions, cache)
         return x + self.ffn(self.ffn_norm(x))
+
+
+class MixerBlock(nn.Module):
+    """Pre-norm block of a mixer alone, for mixers that widen and gate the stream themselves, such as Mamba's."""
+
+    def __init__(self, mixer: nn.Module, norm: Callable[[], nn.Module]):
+        super().__init__()
+        self.mixer_norm = norm()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
+        return x + self.mixer(self.mixer_norm(x), positions, cache)
 
 
 class PostNormBlock(Block):

@@ -1,0 +1,112 @@
+"""Element-wise recurrences, for which there is no matrix product: one multiply-add for each token.
+
+    h_t = gate_t * h_{t-1} + input_t        dh_{t-1} += gate_t * dh_t        dgate_t = dh_t * h_{t-1}        dinput_t = dh_t
+
+`linear_scan` is this equation. Mamba's gates and inputs are d_state times as large as what they are made of, so
+`selective_scan` makes them for 64 tokens at a time, keeps only the state before each such chunk, and makes them again in
+the backward pass. Both equal the loops of llm/modules/recurrent/core.py's kind, which are written out in the tests.
+
+A closed form with cumulative sums of log gates overflows where a chunk decays below exp(-88) in fp32.
+Mamba, arXiv 2312.00752, section 3.3.2. Blog: State-space models.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 64
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, rates: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t and y_t = h_t . C_t, for each channel.
+
+    u, dt (B, T, D), rates A (D, N), b, c (B, T, N), state (B, D, N) -> y (B, T, D) in u's dtype, the last state.
+    The state has dt's dtype.
+    """
+    dtype, (u, b, c) = u.dtype, (x.to(dt.dtype) for x in (u, b, c))
+    if state is None:
+        state = dt.new_zeros(len(u), *rates.shape)
+    if u.shape[1] == 1:
+        y, state = selective_scan_step(u[:, 0], dt[:, 0], rates, b[:, 0], c[:, 0], state)
+        return y[:, None].to(dtype), state
+    outputs = []
+    for chunk in zip(*(x.split(CHUNK, 1) for x in (dt * u, dt, b, c)), strict=True):
+        y, state = SelectiveChunk.apply(*chunk, rates, state)
+        outputs.append(y)
+    return torch.cat(outputs, 1).to(dtype), state
+
+
+def selective_scan_step(
+    u: Tensor, dt: Tensor, rates: Tensor, b: Tensor, c: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for one token: u, dt (B, D), b, c (B, N), state (B, D, N) -> y (B, D) and the next state."""
+    state = (dt[..., None] * rates).exp() * state + (dt * u)[..., None] * b[:, None]
+    return (state * c[:, None]).sum(-1), state
+
+
+class SelectiveChunk(torch.autograd.Function):
+    """One chunk: x = dt u and dt (B, T, D), b, c (B, T, N), rates (D, N), state (B, D, N) -> y (B, T, D), state."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, rates: Tensor, state: Tensor):
+        ctx.save_for_backward(x, dt, b, c, rates, state)
+        _, states = chunk_states(x, dt, b, rates, state)
+        return torch.einsum("tbdn,btn->btd", states, c), states[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor, grad_state: Tensor):
+        x, dt, b, c, rates, state = ctx.saved_tensors
+        gates, states = chunk_states(x, dt, b, rates, state)
+        grad = grad_y.transpose(0, 1)[..., None] * c.transpose(0, 1)[:, :, None]  # (T, B, D, N)
+        grad[-1] += grad_state
+        for t in range(len(grad) - 1, 0, -1):
+            grad[t - 1].addcmul_(gates[t], grad[t])
+        grad_c = torch.einsum("tbdn,btd->btn", states, grad_y)
+        grad_x = torch.einsum("tbdn,btn->btd", grad, b)
+        grad_b = torch.einsum("tbdn,btd->btn", grad, x)
+        grad_first = gates[0] * grad[0]
+        gates[1:].mul_(states[:-1])  # from here on: the gradient of dt A
+        gates[0].mul_(state)
+        gates.mul_(grad)
+        grad_dt = torch.einsum("tbdn,dn->btd", gates, rates)
+        return grad_x, grad_dt, grad_b, grad_c, torch.einsum("tbdn,btd->dn", gates, dt), grad_first
+
+
+def chunk_states(x: Tensor, dt: Tensor, b: Tensor, rates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The gates exp(dt A) and the states after each token, (T, B, D, N) both: time comes first, so tokens are adjacent."""
+    gates = (dt.transpose(0, 1)[..., None] * rates).exp_()
+    states = x.transpose(0, 1)[..., None] * b.transpose(0, 1)[:, :, None]
+    for gate, here in zip(gates, states, strict=True):
+        state = here.addcmul_(gate, state)
+    return gates, states
+
+
+def linear_scan(gates: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
+    """h_t = gate_t * h_{t-1} + input_t: gates and inputs (B, T, D), state h_0 (B, D) -> all h_t (B, T, D)."""
+    return LinearScan.apply(gates, inputs, state)
+
+
+class LinearScan(torch.autograd.Function):
+    """The equation at the top of the file, and its gradient."""
+
+    @staticmethod
+    def forward(ctx, gates: Tensor, inputs: Tensor, state: Tensor):
+        states = inputs.transpose(0, 1).contiguous()
+        previous = state
+        for gate, here in zip(gates.unbind(1), states, strict=True):
+            previous = here.addcmul_(gate, previous)
+        ctx.save_for_backward(gates, states, state)
+        return states.transpose(0, 1).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_states: Tensor):
+        gates, states, state = ctx.saved_tensors
+        grad = grad_states.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        for t in range(len(grad) - 1, 0, -1):
+            grad[t - 1].addcmul_(gates[:, t], grad[t])
+        before = torch.cat([state[None], states[:-1]])
+        return (grad * before).transpose(0, 1), grad.transpose(0, 1), gates[:, 0] * grad[0]
