@@ -15,22 +15,33 @@ from llm.models.case_studies.mixtral import Mixtral
 from llm.models.case_studies.olmo2 import OLMo2
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
+from llm.models.delta_net import DeltaNetDecoder
 from llm.models.flash_attention import FlashAttentionDecoder
 from llm.models.gated_attention import GatedAttentionDecoder
+from llm.models.gated_delta_net import GatedDeltaNetDecoder
+from llm.models.gated_linear_attention import GatedLinearAttentionDecoder
 from llm.models.grouped_query import GroupedQuery
+from llm.models.hybrid import Hybrid
+from llm.models.kimi_delta import KimiDelta
 from llm.models.latent import Latent
 from llm.models.layer_norm import LayerNormDecoder
 from llm.models.learned_position import LearnedPositionDecoder
+from llm.models.linear_attention import LinearAttentionDecoder
 from llm.models.loss_free_balancing import LossFreeBalancing
+from llm.models.mamba import MambaDecoder
+from llm.models.mamba2 import Mamba2Decoder
 from llm.models.mixture_of_experts import MixtureOfExperts
 from llm.models.multi_query import MultiQuery
 from llm.models.nope import NoPEDecoder
 from llm.models.output_norm import OutputNorm
 from llm.models.parallel_block import ParallelBlockDecoder
+from llm.models.parallel_hybrid import ParallelHybrid
 from llm.models.post_norm import PostNorm
 from llm.models.qk_norm import QKNormDecoder
 from llm.models.relative_position import RelativePositionDecoder
+from llm.models.retnet import RetNet
 from llm.models.rope import RoPEDecoder
+from llm.models.rwkv7 import RWKV7
 from llm.models.sandwich_norm import SandwichNorm
 from llm.models.sliding_window import SlidingWindow
 from llm.models.soft_capping import SoftCapping
@@ -70,6 +81,17 @@ MODELS: dict[str, type[Transformer]] = {
     "switch_transformer": SwitchTransformer,
     "mixture_of_experts": MixtureOfExperts,
     "loss_free_balancing": LossFreeBalancing,
+    "linear_attention": LinearAttentionDecoder,
+    "retnet": RetNet,
+    "gated_linear_attention": GatedLinearAttentionDecoder,
+    "delta_net": DeltaNetDecoder,
+    "gated_delta_net": GatedDeltaNetDecoder,
+    "kimi_delta": KimiDelta,
+    "mamba": MambaDecoder,
+    "mamba2": Mamba2Decoder,
+    "rwkv7": RWKV7,
+    "hybrid": Hybrid,
+    "parallel_hybrid": ParallelHybrid,
     "gpt2": GPT2,
     "llama": Llama,
     "mistral": Mistral,
