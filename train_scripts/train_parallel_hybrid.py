@@ -1,0 +1,17 @@
+"""Train `parallel_hybrid` (llm/models/parallel_hybrid.py); `--help` names every flag."""
+
+from llm.data.files import open_tokens
+from llm.models.parallel_hybrid import ParallelHybrid
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse_arguments(ParallelHybrid.Config, arguments)
+    data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
+    train(ParallelHybrid, settings.model_for(data), settings.train, data)
+
+
+if __name__ == "__main__":
+    main()
