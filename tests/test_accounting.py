@@ -16,7 +16,12 @@ from llm.models.baseline import Baseline
 from llm.modules import masks
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.attention.sinks import SinkAttention
+from llm.modules.kernels import recurrence
 from llm.modules.masks import mean_keys
+from llm.modules.recurrent import core, mamba
+from llm.modules.recurrent.delta import GatedDeltaNet
+from llm.modules.recurrent.mamba2 import Mamba2
+from llm.modules.recurrent.retention import Retention
 
 T = 48
 
@@ -51,10 +56,31 @@ def padding_flops(model) -> float:
     return padded + sum(4 * ((e + 8 * h) * (T + 1) - e * T) for e, h in zip(extra, heads, strict=True))
 
 
-def test_forward_flops_are_what_torch_counts(model):
+def recurrent_flops(model) -> float:
+    """Per token, what recurrences and short convolutions take: sums and products of which torch counts none."""
+    parts = [m for m in model.modules() if type(m).__module__.startswith("llm.modules.recurrent") and hasattr(m, "flops")]
+    return sum(part.flops(T) for part in parts)
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """Recurrences as their definitions, without a matrix product: chunks do other work, and more of it."""
+    for name in ("linear_attention", "delta_rule", "low_rank"):
+        monkeypatch.setattr(recurrence, f"chunked_{name}", getattr(core, f"explicit_{name}"))
+    monkeypatch.setattr(mamba, "selective_scan", lambda u, *_: (u, None))
+
+
+def test_a_recurrence_costs_one_product_for_each_time_the_state_is_read_or_written():
+    sizes = dict(d_model=512, n_heads=4, head_dim=64, v_head_dim=128)
+    assert Retention(**sizes).flops(T) == 4 * 4 * 64 * 128
+    assert GatedDeltaNet(**sizes).flops(T) == 6 * 4 * 64 * 128  # a key reads, too
+    assert Mamba2(d_model=512, n_heads=16, head_dim=64, d_state=128).flops(T) == 4 * 16 * 64 * 128
+
+
+def test_forward_flops_are_what_torch_counts(model, loops):
     """On one text, masks computed and thrown away, as both of torch's CPU paths do."""
     tokens = torch.randint(97, (1, T))
-    formula = forward_flops(dense(model), T) + padding_flops(model)
+    formula = forward_flops(dense(model), T) + padding_flops(model) - recurrent_flops(model)
     assert counted(model, lambda model: model(tokens)) == pytest.approx(T * formula, rel=1e-12)
 
 
