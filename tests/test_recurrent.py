@@ -274,13 +274,15 @@ def test_gradients_are_finite_for_a_long_text_in_fp32(name):
 @every_mixer
 def test_bf16_autocast_is_near_fp32(name):
     torch.manual_seed(0)
-    mixer, x = MIXERS[name](), make_input().float()
+    mixer, x = MIXERS[name](), make_input().float().requires_grad_()
     initialize(mixer, "truncated_normal", 4)
     expected = mixer(x, torch.arange(T))
     with torch.autocast("cpu", torch.bfloat16):
         found = mixer(x, torch.arange(T))
     assert found.dtype is torch.bfloat16
     assert (found.float() - expected).norm() < 0.05 * expected.norm()
+    gradients = [torch.autograd.grad(y.float().square().mean(), x)[0] for y in (expected, found)]
+    assert (gradients[1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
 
 
 @every_mixer

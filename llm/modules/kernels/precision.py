@@ -1,5 +1,7 @@
 """Questions about where and how a tensor is computed: precision, autocast, host or device."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +23,11 @@ def full_precision_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
         return F.linear(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight, bias)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which products on x's device keep the dtype of their inputs."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def is_remote(x: Tensor) -> bool:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm.modules.kernels.precision import without_autocast
+
 CHUNK = 64
 
 
@@ -32,9 +34,10 @@ def selective_scan(
         y, state = selective_scan_step(u[:, 0], dt[:, 0], rates, b[:, 0], c[:, 0], state)
         return y[:, None].to(dtype), state
     outputs = []
-    for chunk in zip(*(x.split(CHUNK, 1) for x in (dt * u, dt, b, c)), strict=True):
-        y, state = SelectiveChunk.apply(*chunk, rates, state)
-        outputs.append(y)
+    with without_autocast(u):
+        for chunk in zip(*(x.split(CHUNK, 1) for x in (dt * u, dt, b, c)), strict=True):
+            y, state = SelectiveChunk.apply(*chunk, rates, state)
+            outputs.append(y)
     return torch.cat(outputs, 1).to(dtype), state
 
 
