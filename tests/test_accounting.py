@@ -16,7 +16,7 @@ from llm.models.baseline import Baseline
 from llm.modules import masks
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.attention.sinks import SinkAttention
-from llm.modules.kernels import recurrence
+from llm.modules.kernels import chunks
 from llm.modules.masks import mean_keys
 from llm.modules.recurrent import core, mamba
 from llm.modules.recurrent.delta import GatedDeltaNet
@@ -58,7 +58,9 @@ def padding_flops(model) -> float:
 
 def recurrent_flops(model) -> float:
     """Per token, what recurrences and short convolutions take: sums and products of which torch counts none."""
-    parts = [m for m in model.modules() if type(m).__module__.startswith("llm.modules.recurrent") and hasattr(m, "flops")]
+    parts = [
+        m for m in model.modules() if type(m).__module__.startswith("llm.modules.recurrent") and hasattr(m, "flops")
+    ]
     return sum(part.flops(T) for part in parts)
 
 
@@ -66,7 +68,7 @@ def recurrent_flops(model) -> float:
 def loops(monkeypatch):
     """Recurrences as their definitions, without a matrix product: chunks do other work, and more of it."""
     for name in ("linear_attention", "delta_rule", "low_rank"):
-        monkeypatch.setattr(recurrence, f"chunked_{name}", getattr(core, f"explicit_{name}"))
+        monkeypatch.setattr(chunks, f"chunked_{name}", getattr(core, f"explicit_{name}"))
     monkeypatch.setattr(mamba, "selective_scan", lambda u, *_: (u, None))
 
 

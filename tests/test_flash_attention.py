@@ -40,9 +40,7 @@ def values_and_gradients(attend, tensors):
 def assert_equal_to_the_equation(tensors, places, mask, q_tile, k_tile, scale=None):
     shown = visibility(mask, places.q, places.k)
     expected = values_and_gradients(lambda q, k, v: explicit_attention(q, k, v, shown, scale), tensors)
-    ours = values_and_gradients(
-        lambda q, k, v: flash_attention(q, k, v, places, mask, scale, q_tile, k_tile), tensors
-    )
+    ours = values_and_gradients(lambda q, k, v: flash_attention(q, k, v, places, mask, scale, q_tile, k_tile), tensors)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -93,9 +91,7 @@ def test_rows_without_keys_get_zeros_and_pass_no_gradient(q_tile, k_tile):
 @pytest.mark.parametrize("mask", [causal, everything])
 def test_the_backward_pass_is_the_derivative_of_the_forward_pass(mask):
     tensors = [(tensor[:1] / 3).requires_grad_() for tensor in draw(5, 5, 2, 1)]
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: flash_attention(q, k, v, whole(5), mask, None, 2, 3), tensors
-    )
+    assert torch.autograd.gradcheck(lambda q, k, v: flash_attention(q, k, v, whole(5), mask, None, 2, 3), tensors)
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():
@@ -121,9 +117,7 @@ def test_scores_of_a_thousand_do_not_overflow():
 def test_half_precision_keeps_its_dtypes_and_its_accuracy():
     positions = torch.arange(40)
     tensors = [tensor / 3 for tensor in draw(40, 40, dtype=torch.bfloat16)]
-    ours = values_and_gradients(
-        lambda q, k, v: flash_attention(q, k, v, whole(40), causal, None, 8, 8), tensors
-    )
+    ours = values_and_gradients(lambda q, k, v: flash_attention(q, k, v, whole(40), causal, None, 8, 8), tensors)
     assert all(tensor.dtype is torch.bfloat16 for tensor in ours)
     mask = visibility(causal, positions, positions)
     exact = values_and_gradients(lambda q, k, v: explicit_attention(q, k, v, mask), [t.double() for t in tensors])

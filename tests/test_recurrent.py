@@ -1,6 +1,7 @@
 """Recurrent mixers: loop, chunks and steps agree, the papers' equations hold, and a state never grows."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from llm.modules.cache import Cache
 from llm.modules.initialization import SCHEMES, initialize
-from llm.modules.kernels import chunks, scan
+from llm.modules.kernels import chunks, fla, scan
 from llm.modules.kernels.recurrence import delta_rule, linear_attention, low_rank
 from llm.modules.position_encoding.rope import RoPE
 from llm.modules.recurrent import core
@@ -175,7 +176,12 @@ def scan_arguments(length, width=6, n_states=4):
         return torch.randn(*shape, generator=generator).double()
 
     u, dt = draw(B, length, width), F.softplus(draw(B, length, width))
-    rates, b, c, state = -draw(width, n_states).exp(), draw(B, length, n_states), draw(B, length, n_states), draw(B, width, n_states)
+    rates, b, c, state = (
+        -draw(width, n_states).exp(),
+        draw(B, length, n_states),
+        draw(B, length, n_states),
+        draw(B, width, n_states),
+    )
     return [x.detach().requires_grad_() for x in (u, dt, rates, b, c, state)]
 
 
@@ -229,7 +235,9 @@ def test_through_the_cache_in_any_parts_it_equals_the_whole_at_once(name, parts)
     mixer, x = make_mixer(name), make_input()
     expected = mixer(x, torch.arange(T))
     assert expected.abs().mean() > 0.01
-    torch.testing.assert_close(run_through_a_cache(mixer, x, parts), expected, rtol=0, atol=1e-6)  # RoPE's angles are fp32
+    torch.testing.assert_close(
+        run_through_a_cache(mixer, x, parts), expected, rtol=0, atol=1e-6
+    )  # RoPE's angles are fp32
 
 
 @every_mixer
@@ -371,3 +379,24 @@ def test_a_copy_is_independent(name):
     redraw(twin)
     x = make_input(length=9)
     assert not torch.equal(twin(x, torch.arange(9)), mixer(x, torch.arange(9)))
+
+
+@pytest.mark.parametrize(("kind", "per_channel"), fla.KERNELS)
+def test_a_kernel_is_believed_where_it_agrees_and_the_report_says_why_not(kind, per_channel, monkeypatch):
+    """With the chunked form in the place of fla-core, which has no CPU kernels, and then with a wrong one."""
+    cpu, forms = torch.device("cpu"), fla.CHUNKED
+
+    def stand_in(q, k, v, g, *beta, scale, initial_state, output_final_state):
+        g = g if per_channel else g[..., None]
+        return forms[kind](q, k, v, g, *(b[..., None] for b in beta), initial_state)
+
+    _, name = fla.KERNELS[kind, per_channel]
+    monkeypatch.setattr(fla.importlib, "import_module", lambda path: SimpleNamespace(**{name: stand_in}))
+    assert fla.largest_difference(kind, per_channel, fla.adapted(kind, per_channel), cpu, torch.float32) < 1e-5
+
+    def wrong(*inputs):
+        o, state = forms[kind](*inputs)
+        return o, state.mT
+
+    assert fla.largest_difference(kind, per_channel, wrong, cpu, torch.float32) > 0.1
+    assert "no CUDA device" in fla.kernel_report(cpu)

@@ -73,7 +73,12 @@ def test_mamba(d_state):
 @torch.no_grad()
 def test_jambas_mamba_has_norms_inside():
     config = transformers.JambaConfig(
-        hidden_size=D_MODEL, mamba_d_state=8, mamba_dt_rank=6, mamba_expand=2, num_hidden_layers=1, use_mamba_kernels=False
+        hidden_size=D_MODEL,
+        mamba_d_state=8,
+        mamba_dt_rank=6,
+        mamba_expand=2,
+        num_hidden_layers=1,
+        use_mamba_kernels=False,
     )
     theirs = drawn(modeling("jamba").JambaMambaMixer(config, 0))
     ours = Mamba(d_model=D_MODEL, d_inner=64, d_state=8, dt_rank=6, norm=lambda width: RMSNorm(width, 1e-6))
@@ -134,7 +139,9 @@ def test_gated_delta_net_as_in_qwen3_next():
     names = dict(conv1d="conv", A_log="decay.A_log", dt_bias="decay.dt_bias", norm="o_norm", out_proj="o_proj")
     state = renamed(theirs, **names)
     packed = state.pop("in_proj_qkvz.weight").unflatten(0, (2, -1)).split([12, 12, 40, 40], 1)
-    state |= {f"{name}_proj.weight": part.flatten(0, 1) for name, part in zip(("q", "k", "v", "gate"), packed, strict=True)}
+    state |= {
+        f"{name}_proj.weight": part.flatten(0, 1) for name, part in zip(("q", "k", "v", "gate"), packed, strict=True)
+    }
     packed = state.pop("in_proj_ba.weight").unflatten(0, (2, -1)).split([2, 2], 1)
     state |= {f"{name}_proj.weight": part.flatten(0, 1) for name, part in zip(("beta", "decay"), packed, strict=True)}
     assert_equal(ours, state, theirs(inputs()), atol=1e-4)
@@ -179,7 +186,9 @@ def test_lightning_attention_as_in_minimax(layer):
 
 @torch.no_grad()
 def test_lfm2s_gated_convolution():
-    config = transformers.Lfm2Config(hidden_size=D_MODEL, num_hidden_layers=1, conv_L_cache=3, conv_bias=True, layer_types=["conv"])
+    config = transformers.Lfm2Config(
+        hidden_size=D_MODEL, num_hidden_layers=1, conv_L_cache=3, conv_bias=True, layer_types=["conv"]
+    )
     theirs = drawn(modeling("lfm2").Lfm2ShortConv(config, 0))
     ours = GatedConvolution(d_model=D_MODEL, width=3, bias=True)
     assert_equal(ours, renamed(theirs, out_proj="o_proj"), theirs(inputs()))

@@ -15,7 +15,10 @@ from llm.modules.norms import LayerNorm
 from llm.modules.recurrent.rwkv7 import ChannelMix, TimeMix
 
 TRAINED = "tiny-rwkv-7v0-834K-FP32.bin"
-SHA256 = {TRAINED: "0dce48ebe81873c1cfd6383bb4f4b259ff123b228e0c7d264ed6b1a2d547dd86", "expected-logits-7v0-834K.bin": "1171f8ddfd45839ec402af55e4859155da5a0f356868a9a7f5e82d40d608d553"}
+SHA256 = {
+    TRAINED: "0dce48ebe81873c1cfd6383bb4f4b259ff123b228e0c7d264ed6b1a2d547dd86",
+    "expected-logits-7v0-834K.bin": "1171f8ddfd45839ec402af55e4859155da5a0f356868a9a7f5e82d40d608d553",
+}
 
 
 def real_weights(name: str) -> bytes:
@@ -116,7 +119,9 @@ def test_the_trained_model_gives_the_published_logits(trained, parts):
 
 def test_the_time_mix_is_the_papers_recurrence():
     torch.manual_seed(0)
-    layer = TimeMix(d_model=16, n_heads=2, ranks={"decay": 3, "a": 4, "value": 5, "gate": 6}, value_residual=True).double()
+    layer = TimeMix(
+        d_model=16, n_heads=2, ranks={"decay": 3, "a": 4, "value": 5, "gate": 6}, value_residual=True
+    ).double()
     redraw(layer)
     x, v_first = torch.randn(1, 9, 16).double(), torch.randn(1, 9, 16).double()
     loras = (layer.decay_lora, layer.a_lora, layer.value_lora, layer.gate_lora)

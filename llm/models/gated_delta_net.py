@@ -2,10 +2,10 @@
 
     S' = d_t S_{t-1}        S_t = S' + beta_t k_t (v_t - S'^T k_t)^T        o_t = S_t^T q_t
 
-DeltaNet: d_t = 1, so each old key must be overwritten by itself. d_t is Mamba-2's decay, one for each head, and a SiLU gate
-multiplies the output. Queries and keys are half as wide as values, which makes room for the gate.
-Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464; three of four layers of Qwen3-Next.
-Blog: Linear attention.
+DeltaNet: d_t = 1, so each old key must be overwritten by itself. d_t is Mamba-2's decay, one for each head, and a SiLU
+gate multiplies the output. Queries and keys are half as wide as values, which makes room for the gate. Gated Delta
+Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464; three of four layers of Qwen3-Next. Blog: Linear
+attention.
 """
 
 from torch import nn

@@ -1,8 +1,9 @@
 """Gated linear attention: each channel of the keys forgets at a rate that the token chooses.
 
-    S_t = diag(sigmoid(x_t W_1 W_2 + b)^(1 / 16)) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        gate and norm as RetNet
+    S_t = diag(sigmoid(x_t W_1 W_2 + b)^(1 / 16)) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t
 
-The baseline: softmax attention. Queries and keys are half as wide as values, which makes room for the gates.
+Gate and norm are those of RetNet. The baseline: softmax attention. Queries and keys are half as wide as values, which
+makes room for the gates.
 Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635. Blog: Linear attention.
 """
 

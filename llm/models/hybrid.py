@@ -1,11 +1,12 @@
 """A hybrid: three layers of Gated DeltaNet to one of attention.
 
-    layer_types = gated_delta_net, gated_delta_net, gated_delta_net, attention        the baseline: attention in each layer
+    layer_types = gated_delta_net, gated_delta_net, gated_delta_net, attention        the baseline: attention four times
 
-A state of fixed size forgets details that attention can still look up. A few attention layers are enough for that, and a
-fourth of the layers keeps a fourth of the cache. The recurrent layers know the order of the tokens, so nothing is added to
-the embedding. The ratio is that of Qwen3-Next and Kimi Linear (arXiv 2510.26692).
-Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464, section 3.4. Blog: State-space models, hybrids.
+A state of fixed size forgets details that attention can still look up. A few attention layers are enough for that, and
+a fourth of the layers keeps a fourth of the cache. The recurrent layers know the order of the tokens, so nothing is
+added to the embedding. The ratio is that of Qwen3-Next and Kimi Linear (arXiv 2510.26692).
+Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464, section 3.4.
+Blog: State-space models, hybrids.
 """
 
 from dataclasses import dataclass

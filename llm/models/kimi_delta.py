@@ -2,8 +2,9 @@
 
     S' = diag(d_t) S_{t-1}        S_t = S' + beta_t k_t (v_t - S'^T k_t)^T        o_t = S_t^T q_t
 
-Gated DeltaNet: one d_t for a whole head. The decays and the sigmoid gate of the output are read from the token by matrices
-of low rank. Kimi Linear: An Expressive, Efficient Attention Architecture, arXiv 2510.26692. Blog: Linear attention.
+Gated DeltaNet: one d_t for a whole head. The decays and the sigmoid gate of the output are read from the token by
+matrices of low rank. Kimi Linear: An Expressive, Efficient Attention Architecture, arXiv 2510.26692. Blog: Linear
+attention.
 """
 
 from dataclasses import dataclass

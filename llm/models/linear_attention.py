@@ -2,9 +2,10 @@
 
     o_t = S_t^T phi(q_t) / (z_t . phi(q_t))        S_t = S_{t-1} + phi(k_t) v_t^T        z_t = z_{t-1} + phi(k_t)
 
-with phi(x) = elu(x) + 1. The baseline: softmax(q_t . k_j / sqrt(d)) over all earlier tokens j. A step of generation costs
-the same however long the text is. The order of the tokens is known only from what the state held when each was read.
-Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, arXiv 2006.16236. Blog: Linear attention.
+with phi(x) = elu(x) + 1. The baseline: softmax(q_t . k_j / sqrt(d)) over all earlier tokens j. A step of generation
+costs the same however long the text is. The order of the tokens is known only from what the state held when each was
+read. Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, arXiv 2006.16236. Blog: Linear
+attention.
 """
 
 from dataclasses import dataclass

@@ -4,9 +4,9 @@
 
     h_t = exp(dt_t A) * h_{t-1} + dt_t u_t B_t        y_t = h_t . C_t + D u_t        output = (y * SiLU(z)) W_o
 
-A layer widens the stream twofold and gates it, so it does a feed-forward layer's work, too. It has half of the parameters
-of the baseline's block, hence twice as many blocks.
-Mamba: Linear-Time Sequence Modeling with Selective State Spaces, arXiv 2312.00752. Blog: State-space models.
+A layer widens the stream twofold and gates it, so it does a feed-forward layer's work, too. It has half of the
+parameters of the baseline's block, hence twice as many blocks. Mamba: Linear-Time Sequence Modeling with Selective
+State Spaces, arXiv 2312.00752. Blog: State-space models.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""Mamba-2: one decay for each head instead of one for each channel and state, so that a layer is made of matrix products.
+"""Mamba-2: one decay for each head instead of one for each channel and state, so that a layer is made of matrix
+products.
 
     S_t = d_t S_{t-1} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t        output = norm(y * SiLU(z)) W_o
 

@@ -1,6 +1,6 @@
 """A parallel hybrid: in each layer, attention heads and Mamba-2 heads read the same input, and their outputs are added.
 
-    x = x + attention(norm(x)) + mamba2(norm(x))        then the feed-forward layer; the baseline: x + attention(norm(x))
+    x = x + attention(norm(x)) + mamba2(norm(x))        the baseline: x + attention(norm(x))
 
 Attention looks details up, the state sums the text up, and each token can use both. By default each has half of the
 parameters of the baseline's attention. Falcon-H1: A Family of Hybrid-Head Language Models, arXiv 2507.22448.
@@ -33,7 +33,12 @@ class ParallelHybrid(NoPEDecoder):
         d_state: int = 128
         """Width of Mamba-2's keys and queries."""
 
-        small: ClassVar[dict[str, Any]] = {**NoPEDecoder.Config.small, "n_mamba_heads": 4, "head_dim": 16, "d_state": 32}
+        small: ClassVar[dict[str, Any]] = {
+            **NoPEDecoder.Config.small,
+            "n_mamba_heads": 4,
+            "head_dim": 16,
+            "d_state": 32,
+        }
 
         def __post_init__(self):
             super().__post_init__()

@@ -2,9 +2,9 @@
 
     S_t = (1 - 2^(-5 - h)) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        output = (SiLU(x W_g) * norm(o)) W_o
 
-Queries and keys are rotated as in RoPE. The baseline: softmax attention. Values and gate are twice as wide as queries and
-keys, and the feed-forward layer half as wide as the baseline's, as in the paper.
-Retentive Network: A Successor to Transformer for Large Language Models, arXiv 2307.08621. Blog: Linear attention.
+Queries and keys are rotated as in RoPE. The baseline: softmax attention. Values and gate are twice as wide as queries
+and keys, and the feed-forward layer half as wide as the baseline's, as in the paper. Retentive Network: A Successor to
+Transformer for Large Language Models, arXiv 2307.08621. Blog: Linear attention.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,10 @@
 """RWKV-7: a recurrent state that erases and writes along two directions, and layers that see the token before.
 
     time mix       S_t = diag(w_t) S_{t-1} - (a_t * c_t) (S_{t-1}^T c_t)^T + k_t v_t^T        the baseline: attention
-    channel mix    relu(x' W_k)^2 W_v, x' a mixture of the token and the one before           the baseline: GELU(x W_k) W_v
+    channel mix    relu(x' W_k)^2 W_v                                     the baseline: GELU(x W_k) W_v
 
-The values of the first layer are mixed into those of all others, so blocks hand them on beside the stream.
+x' is a mixture of a token and the one before it. The values of the first layer are mixed into those of all others, so
+blocks hand them on beside the stream.
 RWKV-7 "Goose" with Expressive Dynamic State Evolution, arXiv 2503.14456. Blog: Linear attention.
 """
 

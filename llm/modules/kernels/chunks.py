@@ -5,9 +5,9 @@ With total_t the sum of the log decays from the start of the chunk to token t, a
     p[t, j]  = sum_c q_t k_j exp(total_t - total_j), j <= t          what token t reads of what token j wrote
     linear     o = p v + (q exp(total)) S                            S' = exp(end) S + (k exp(end - total))^T v
     delta      (I + own) new = beta (v - (k exp(total)) S)           own: p with k for q, j < t, times beta_t
-               o and S' as above, with `new` for v                   `new`: what is really written, once the state is read
-    low rank   (I - p_ab) z = p_ak v + (a exp(total)) S              z_t = S_{t-1}^T a_t; a reads before its token's decay,
-               o = p_qk v + p_qb z + ..                              so its rows are those of the token before
+               o and S' as above, with `new` for v                   `new`: what is written, once the state is read
+    low rank   (I - p_ab) z = p_ak v + (a exp(total)) S              z_t = S_{t-1}^T a_t
+               o = p_qk v + p_qb z + ..                              a reads before its token's decay: rows shifted by 1
 
 `end` is the last total. A text is filled up with zeros: no input, no decay, no correction.
 Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484; Gated Linear Attention,
@@ -54,7 +54,9 @@ def chunked_delta_rule(
     read, own = decayed_products(torch.stack([q, k]), k, total, dtype).unbind(0)
     # without `own` on the diagonal: the solve takes ones there
     right = beta * torch.cat([v, k * since_start], -1)
-    solved = torch.linalg.solve_triangular((beta * own).to(state.dtype), right.to(state.dtype), upper=False, unitriangular=True)
+    solved = torch.linalg.solve_triangular(
+        (beta * own).to(state.dtype), right.to(state.dtype), upper=False, unitriangular=True
+    )
     u, w = solved.to(dtype).split([v.shape[-1], k.shape[-1]], -1)
     keys = (k * (end - total).exp()).to(dtype).mT
     before, new, after = [], [], state

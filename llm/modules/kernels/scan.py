@@ -1,10 +1,11 @@
 """Element-wise recurrences, for which there is no matrix product: one multiply-add for each token.
 
-    h_t = gate_t * h_{t-1} + input_t        dh_{t-1} += gate_t * dh_t        dgate_t = dh_t * h_{t-1}        dinput_t = dh_t
+    h_t = gate_t * h_{t-1} + input_t
+    dh_{t-1} += gate_t * dh_t        dgate_t = dh_t * h_{t-1}        dinput_t = dh_t
 
 `linear_scan` is this equation. Mamba's gates and inputs are d_state times as large as what they are made of, so
-`selective_scan` makes them for 64 tokens at a time, keeps only the state before each such chunk, and makes them again in
-the backward pass. Both equal the loops of llm/modules/recurrent/core.py's kind, which are written out in the tests.
+`selective_scan` makes them for 64 tokens at a time, keeps only the state before each such chunk, and makes them again
+in the backward pass. Tests hold both equal to loops.
 
 A closed form with cumulative sums of log gates overflows where a chunk decays below exp(-88) in fp32.
 Mamba, arXiv 2312.00752, section 3.3.2. Blog: State-space models.
@@ -79,7 +80,7 @@ class SelectiveChunk(torch.autograd.Function):
 
 
 def chunk_states(x: Tensor, dt: Tensor, b: Tensor, rates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The gates exp(dt A) and the states after each token, (T, B, D, N) both: time comes first, so tokens are adjacent."""
+    """The gates exp(dt A) and the states after each token, both (T, B, D, N), so that tokens are adjacent."""
     gates = (dt.transpose(0, 1)[..., None] * rates).exp_()
     states = x.transpose(0, 1)[..., None] * b.transpose(0, 1)[:, :, None]
     for gate, here in zip(gates, states, strict=True):

@@ -1,1 +1,1 @@
-"""Mixers with a state of fixed size instead of a cache. core.py has the one recurrence and what each paper changes in it."""
+"""Mixers with a state of fixed size instead of a cache. core.py has the recurrence and what each paper changes."""

@@ -1,25 +1,25 @@
-"""One recurrence under every model of this folder: a state S that decays and is written to, where attention has a cache.
+"""One recurrence under every model of this folder: a state that decays and is written to, instead of a cache.
 
     S_t = decay(S_{t-1}) + write        o_t = S_t^T q_t        S (K, V) for each head, of a size that never grows
 
-| model                  | decay(S)                        | write                                   | arXiv            |
-|------------------------|---------------------------------|-----------------------------------------|------------------|
-| linear attention       | S                               | k v^T                                   | 2006.16236       |
-| RetNet, Lightning      | d S, d fixed for each head      | k v^T                                   | 2307.08621, 2501.08313 |
-| Mamba-2                | d_t S, d_t read from the token  | k v^T (k = B, v = dt x, q = C)          | 2405.21060       |
-| GLA                    | diag(d_t) S, d_t per channel    | k v^T                                   | 2312.06635       |
-| DeltaNet               | S                               | beta k (v - S^T k)^T                    | 2406.06484       |
-| Gated DeltaNet         | d_t S                           | beta k (v - (d_t S)^T k)^T              | 2412.06464       |
-| Kimi Delta Attention   | diag(d_t) S                     | beta k (v - (diag(d_t) S)^T k)^T        | 2510.26692       |
-| RWKV-7                 | diag(d_t) S                     | k v^T + b (S^T a)^T                     | 2503.14456       |
-| Mamba                  | exp(dt_t A) * S, per entry      | dt_t x_t B_t^T, one row for each channel| 2312.00752       |
-| RG-LRU                 | a_t * h, a vector               | sqrt(1 - a_t^2) i_t x_t                 | 2402.19427       |
+| model                  | decay(S)                       | write                            | arXiv                  |
+|------------------------|--------------------------------|----------------------------------|------------------------|
+| linear attention       | S                              | k v^T                            | 2006.16236             |
+| RetNet, Lightning      | d S, d fixed for each head     | k v^T                            | 2307.08621, 2501.08313 |
+| Mamba-2                | d_t S, d_t read from the token | k v^T, k = B, v = dt x           | 2405.21060             |
+| gated linear attention | diag(d_t) S, d_t per channel   | k v^T                            | 2312.06635             |
+| DeltaNet               | S                              | beta k (v - S^T k)^T             | 2406.06484             |
+| Gated DeltaNet         | d_t S                          | beta k (v - (d_t S)^T k)^T       | 2412.06464             |
+| Kimi Delta Attention   | diag(d_t) S                    | beta k (v - (diag(d_t) S)^T k)^T | 2510.26692             |
+| RWKV-7                 | diag(d_t) S                    | k v^T + b (S^T a)^T              | 2503.14456             |
+| Mamba                  | exp(dt_t A) * S, per entry     | B_t (dt_t x_t)^T                 | 2312.00752             |
+| RG-LRU                 | a_t * S, S a vector            | sqrt(1 - a_t^2) i_t x_t          | 2402.19427             |
 
-The first column group adds what it is told; the delta rule first reads what the key already stores and writes only the
-difference, so that a key can be overwritten; RWKV-7 separates the key that erases from the key that writes.
+Linear attention, Mamba and RG-LRU add what they are given. The delta rule first reads what the key already stores and
+writes only the difference, so that a key can be overwritten. RWKV-7 erases along one key and writes along another.
 
-The functions here are the definitions, one token after the other. llm/modules/kernels/recurrence.py computes the same in
-chunks. Shapes: q, k, a, b (B, T, H, K), v (B, T, H, V), log_decay <= 0 (B, T, H, 1 or K), beta (B, T, H, 1), state
+The functions here are the definitions, one token after the other. llm/modules/kernels/recurrence.py computes the same
+in chunks. Shapes: q, k, a, b (B, T, H, K), v (B, T, H, V), log_decay <= 0 (B, T, H, 1 or K), beta (B, T, H, 1), state
 (B, H, K, V). A step takes the same without T. Blog: State-space models; linear attention.
 """
 

@@ -17,7 +17,8 @@ from llm.modules.recurrent.state import widen
 
 
 class Decay(nn.Module):
-    """raw (.., H * rates) -> dt and log_decay, both (.., H, rates), in fp32 or wider. `A_log` (H,), `dt_bias` (H * rates,).
+    """raw (.., H * rates) -> dt and log_decay, both (.., H, rates), in fp32 or wider. `A_log` (H,), `dt_bias` (H *
+    rates,).
 
     n_rates   step sizes for each head: 1, or one for each channel of its keys
     """

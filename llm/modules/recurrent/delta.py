@@ -3,11 +3,11 @@
     S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T        o_t = S_t^T q_t
 
 Linear attention adds to a key's old value; here the new value replaces a share beta of it. That is one step of gradient
-descent on |S^T k - v|^2. With keys of length 1, S is multiplied by I - beta k k^T, whose eigenvalue along k is 1 - beta:
-beta up to 2 makes it negative, which lets a state count and alternate.
+descent on |S^T k - v|^2. With keys of length 1, S is multiplied by I - beta k k^T, whose eigenvalue along k is 1 -
+beta: beta up to 2 makes it negative, which lets a state count and alternate.
 
-Gated DeltaNet decays the state before it looks up: S' = d_t S_{t-1}, with Mamba-2's d_t (decay.py), and gates the output.
-Kimi Delta Attention has a decay for each channel of the keys, S' = diag(d_t) S_{t-1}, and gates of low rank.
+Gated DeltaNet decays the state before it looks up: S' = d_t S_{t-1}, with Mamba-2's d_t (decay.py), and gates the
+output. Kimi Delta Attention has a decay for each channel of the keys, S' = diag(d_t) S_{t-1}, and gates of low rank.
 
 Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484; Gated Delta Networks,
 arXiv 2412.06464; Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, arXiv 2411.12537; Kimi Linear,
@@ -70,7 +70,7 @@ class DeltaNet(nn.Module):
         return self.o_proj(self.gate(self.o_norm(o), x).flatten(2))
 
     def project(self, x: Tensor, positions: Tensor, cache: dict | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, d_model) -> q, k (B, T, n_k_heads, head_dim) of length head_dim^-0.5 and 1, v (B, T, H, v_head_dim)."""
+        """x (B, T, d_model) -> q, k (B, T, n_k_heads, head_dim) of length head_dim^-0.5 and 1, v (B, T, H, V)."""
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         q, k, v = self.conv(qkv, positions, cache).split(self.widths, -1)
         q, k = (unit_length(part.unflatten(-1, (-1, self.head_dim))) for part in (q, k))
@@ -111,8 +111,8 @@ class GatedDeltaNet(DeltaNet):
 
 
 class KimiDeltaAttention(DeltaNet):
-    """The delta rule with a decay for each channel and a sigmoid gate on the output, both read from the token by matrices
-    of rank `gate_rank`; `options` are those of DeltaNet."""
+    """The delta rule with a decay for each channel and a sigmoid gate on the output, both read from the token by
+    matrices of rank `gate_rank`; `options` are those of DeltaNet."""
 
     def __init__(self, *, d_model: int, n_heads: int, gate_rank: int, **options):
         super().__init__(d_model=d_model, n_heads=n_heads, **options)

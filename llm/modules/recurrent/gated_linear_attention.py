@@ -2,9 +2,9 @@
 
     S_t = diag(d_t) S_{t-1} + k_t v_t^T        d_t = sigmoid(x_t W_1 W_2 + b)^(1 / 16)        o_t = S_t^T q_t
 
-Retention forgets at a fixed rate. Here a token can keep what matters and clear what does not. The power 1 / 16 keeps the
-decays near 1, so that memories last at the start of training. W_1 W_2 has rank 16.
-Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635. Blog: Linear attention.
+Retention forgets at a fixed rate. Here a token can keep what matters and clear what does not. The power 1 / 16 keeps
+the decays near 1, so that memories last at the start of training. W_1 W_2 has rank 16. Gated Linear Attention
+Transformers with Hardware-Efficient Training, arXiv 2312.06635. Blog: Linear attention.
 """
 
 from torch import Tensor, nn

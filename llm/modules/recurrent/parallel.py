@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ParallelMixers(nn.ModuleDict):
-    """(B, T, d_model) -> (B, T, d_model). Mixers by name; their caches lie in one dict, so their tensors have unlike names."""
+    """(B, T, d_model) -> (B, T, d_model). Mixers by name. Their caches share one dict, so names in them must differ."""
 
     def __init__(self, **mixers: nn.Module):
         super().__init__(mixers)

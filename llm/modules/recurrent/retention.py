@@ -9,8 +9,8 @@ RetNet        q and k are rotated (RoPE); d_h = 1 - 2^(-5 - h); a SiLU gate afte
 Lightning     SiLU on q, k and v; d_h = exp(-slope_h (1 - layer / n_layers)) with ALiBi's slopes, so that deep layers
               remember longer; one norm for all heads and a sigmoid gate (MiniMax-01)
 
-Retentive Network: A Successor to Transformer for Large Language Models, arXiv 2307.08621; MiniMax-01: Scaling Foundation
-Models with Lightning Attention, arXiv 2501.08313. Blog: Linear attention.
+Retentive Network: A Successor to Transformer for Large Language Models, arXiv 2307.08621; MiniMax-01: Scaling
+Foundation Models with Lightning Attention, arXiv 2501.08313. Blog: Linear attention.
 """
 
 import torch
@@ -60,7 +60,9 @@ class LightningAttention(LinearAttention):
 
     extra_values = 0
 
-    def __init__(self, *, d_model: int, n_heads: int, depth: float, head_dim: int | None = None, norm_eps: float = 1e-5):
+    def __init__(
+        self, *, d_model: int, n_heads: int, depth: float, head_dim: int | None = None, norm_eps: float = 1e-5
+    ):
         super().__init__(d_model=d_model, n_heads=n_heads, head_dim=head_dim, v_head_dim=head_dim)
         self.depth = depth
         self.gate_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=False)

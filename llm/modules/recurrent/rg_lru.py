@@ -3,11 +3,10 @@
     r_t = sigmoid(u_t W_r + b_r)        i_t = sigmoid(u_t W_i + b_i)        log a_t = -8 r_t softplus(Lambda)
     h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t u_t)        output = (h * GELU(x W_y + b_y)) W_o + b_o
 
-The factor sqrt(1 - a^2) keeps the size of h the same however slowly it decays. The gates do not read h, so nothing in the
-loop is a matrix product. W_r and W_i are block-diagonal, one block for each head. As in RecurrentGemma, the first token
-of a text enters whole: its factor is 1. u = conv(x W_x + b_x).
-Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient Language Models, arXiv 2402.19427.
-Blog: State-space models.
+The factor sqrt(1 - a^2) keeps the size of h the same however slowly it decays. The gates do not read h, so nothing in
+the loop is a matrix product. W_r and W_i are block-diagonal, one block for each head. As in RecurrentGemma, the first
+token of a text enters whole: its factor is 1. u = conv(x W_x + b_x). Griffin: Mixing Gated Linear Recurrences with
+Local Attention for Efficient Language Models, arXiv 2402.19427. Blog: State-space models.
 """
 
 import torch
@@ -69,7 +68,10 @@ class RGLRU(nn.Module):
         nn.init.zeros_(self.input_bias)
 
     def forward(self, u: Tensor, positions: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        r, i = self.gate(u, self.recurrent_weight, self.recurrent_bias), self.gate(u, self.input_weight, self.input_bias)
+        r, i = (
+            self.gate(u, self.recurrent_weight, self.recurrent_bias),
+            self.gate(u, self.input_weight, self.input_bias),
+        )
         log_a = -8 * r * F.softplus(widen(self.Lambda))
         first = (positions == 0)[..., None]
         factor = torch.where(first, 1.0, (-torch.expm1(2 * log_a)).clamp(min=1e-6).sqrt())

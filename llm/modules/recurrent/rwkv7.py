@@ -4,10 +4,10 @@
                    output = (g * (norm(o) + sum(r * k * r_k) v)) W_o
     channel mix    relu(x' W_k)^2 W_v
 
-c is a key of length 1. For each channel, a says how much of what c finds is erased; the delta rule erases and writes along
-the same key. w, a and g are read from the token by matrices of low rank. Each of r, w, k, v, a and g, and the channel mix,
-reads its own mixture x + mu (x_before - x) of a token and the one before it (token shift). From the second layer on, the
-values are drawn towards those of the first (value residual).
+c is a key of length 1. For each channel, a says how much of what c finds is erased; the delta rule erases and writes
+along the same key. w, a and g are read from the token by matrices of low rank. Each of r, w, k, v, a and g, and the
+channel mix, reads its own mixture x + mu (x_before - x) of a token and the one before it (token shift). From the second
+layer on, the values are drawn towards those of the first (value residual).
 
 RWKV-7 "Goose" with Expressive Dynamic State Evolution, arXiv 2503.14456. Blog: Linear attention.
 """
@@ -48,10 +48,8 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         return self.mix(x, positions, cache, None)[0]
 
-    def mix(
-        self, x: Tensor, positions: Tensor, cache: dict | None, v_first: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """-> the layer's output and the first layer's values (B, T, d_model), which is what `v_first` is from then on."""
+    def mix(self, x: Tensor, positions: Tensor, cache: dict | None, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
+        """-> the layer's output and the first layer's values, both (B, T, d_model); the next layer takes the latter."""
         x_r, x_w, x_k, x_v, x_a, x_g = self.shift(x, positions, cache)
         r, k, v = self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)
         if v_first is None:
@@ -84,7 +82,7 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """RWKV's feed-forward layer, (B, T, d_model) -> (B, T, d_model). It needs positions and a cache for its token shift."""
+    """RWKV's feed-forward layer, (B, T, d_model) -> (B, T, d_model). Its token shift needs positions and a cache."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -102,7 +100,7 @@ class ChannelMix(nn.Module):
 
 
 class TokenShift(nn.Module):
-    """x (B, T, D) -> n mixtures x_t + mu_i (x_{t-1} - x_t), each (B, T, D). `name` is that of its entry in the cache."""
+    """x (B, T, D) -> n mixtures x_t + mu_i (x_{t-1} - x_t), each (B, T, D). `name` is its entry in the cache."""
 
     no_weight_decay = ("mu",)
 

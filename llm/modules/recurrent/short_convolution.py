@@ -64,7 +64,7 @@ class ShortConvolution(nn.Module):
 
 
 def explicit_convolution(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Inputs (B, T + width - 1, C), weight (C, width) -> (B, T, C): the sum of the shifted inputs, each with its weight."""
+    """Inputs (B, T + width - 1, C), weight (C, width) -> (B, T, C): the weighted sum of the shifted inputs."""
     width = weight.shape[1]
     n_tokens = inputs.shape[1] - width + 1
     y = sum(weight[:, i] * inputs[:, i : i + n_tokens] for i in range(width))
