@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from functools import partial
 from importlib import import_module
 
 import pytest
@@ -12,7 +11,7 @@ from training import ROOT, RUN, command_line, config_of, script, write_corpus
 
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.cache import Places
-from llm.modules.position_encoding.alibi import alibi, alibi_slopes
+from llm.modules.position_encoding.alibi import ALiBi, alibi_slopes
 from llm.modules.position_encoding.context_extension import (
     DynamicNTK,
     LinearInterpolation,
@@ -376,7 +375,7 @@ def test_alibi_attention_equals_that_of_bloom():
     config = transformers.BloomConfig(hidden_size=24, n_head=3, attn_implementation="eager")
     theirs = modeling.BloomAttention(config, layer_idx=0).double().eval()
     redraw(theirs)
-    bias = partial(alibi, n_heads=3)
+    bias = ALiBi(3)
     ours = MultiHeadAttention(d_model=24, n_heads=3, score_bias=bias, qkv_bias=True, o_bias=True).double()
     for part in ("weight", "bias"):  # fused as [head][q, k, v]
         fused = getattr(theirs.query_key_value, part).unflatten(0, (3, 3, 8))
@@ -423,7 +422,7 @@ def test_t5_bias_names_buckets_that_cannot_be():
             T5Bias(4, n_buckets, max_distance)
 
 
-@pytest.mark.parametrize("bias", [T5Bias(3, 8, 20), partial(alibi, n_heads=3)], ids=["t5", "alibi"])
+@pytest.mark.parametrize("bias", [T5Bias(3, 8, 20), ALiBi(3)], ids=["t5", "alibi"])
 def test_a_bias_takes_the_positions_of_each_row(bias):
     q_pos, k_pos = torch.tensor([[4, 5], [-1, 9]]), torch.tensor([[5, -1, 3], [8, 9, 1]])
     rows = torch.stack([bias(q, k) for q, k in zip(q_pos, k_pos, strict=True)])

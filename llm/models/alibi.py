@@ -6,16 +6,14 @@ Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrap
 Blog: Position encoding, ALiBi.
 """
 
-from functools import partial
-
 from torch import nn
 
 from llm.models.nope import NoPEDecoder
 from llm.modules.attention.multi_head import MultiHeadAttention
-from llm.modules.position_encoding.alibi import alibi
+from llm.modules.position_encoding.alibi import ALiBi
 
 
 class ALiBiDecoder(NoPEDecoder):
     def make_mixer(self, layer: int) -> nn.Module:
         c = self.config
-        return MultiHeadAttention(d_model=c.d_model, n_heads=c.n_heads, score_bias=partial(alibi, n_heads=c.n_heads))
+        return MultiHeadAttention(d_model=c.d_model, n_heads=c.n_heads, score_bias=ALiBi(c.n_heads))

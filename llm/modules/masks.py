@@ -37,6 +37,11 @@ class Mask:
         """Number of tokens from the farthest visible key to the query, both counted. A cache needs no more slots."""
         return math.inf
 
+    def by_remainder(self) -> "tuple[int, Mask]":
+        """(n, inner): a query sees only keys at a distance that n divides, and if these alone were the text, what `inner`
+        shows. A kernel may then compute n short texts instead of a long one."""
+        return 1, self
+
     def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """Positions (.., T, 1) and (.., 1, S) -> booleans (.., T, S): True where the query sees the key."""
         raise NotImplementedError(f"{type(self).__name__} must say which keys a query sees: define visible")
@@ -81,6 +86,9 @@ class Dilated(Mask):
     def reach(self) -> int:
         return (self.size - 1) * self.gap + 1
 
+    def by_remainder(self) -> tuple[int, Mask]:
+        return self.gap, Window(self.size)
+
     def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         distance = q_pos - k_pos
         return (distance >= 0) & (distance < self.size * self.gap) & (distance % self.gap == 0)
@@ -98,6 +106,9 @@ class Strided(Mask):
 
     def __post_init__(self):
         check_positive(self, "stride")
+
+    def by_remainder(self) -> tuple[int, Mask]:
+        return self.stride, causal
 
     def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         return (k_pos <= q_pos) & ((q_pos - k_pos) % self.stride == 0)

@@ -24,7 +24,7 @@ class MultiHeadAttention(nn.Module):
     rope         rotates queries and keys (B, T, H, D) by their positions
     qk_norm      function head_dim -> norm layer, for query and key heads; applied before RoPE
     mask         which keys a query may see (llm/modules/masks.py)
-    score_bias   (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S)
+    score_bias   (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S), for any part of the positions
     scale        factor of the scores; 1 / sqrt(head_dim) where it is not given
 
     Called with x (B, T, d_model), positions and its cache, it returns (B, T, d_model). Positions are (T,) without a
@@ -81,8 +81,7 @@ class MultiHeadAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
         """q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D)."""
-        bias = None if self.score_bias is None else self.score_bias(places.q, places.k)
-        return attend(q, k, v, places, self.mask, bias=bias, scale=self.scale)
+        return attend(q, k, v, places, self.mask, bias=self.score_bias, scale=self.scale)
 
     def output(self, heads: Tensor, x: Tensor) -> Tensor:
         """Join the heads (B, H, T, D) and project them: -> (B, T, d_model). `x` is the layer's input, for gates."""

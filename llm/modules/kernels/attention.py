@@ -1,18 +1,28 @@
 """Fast attention: one function that picks an implementation by device, dtype, length and mask.
 
-Each computes `explicit_attention` of llm/modules/attention/core.py. The first that fits is taken; "plain" means without
-bias, cap and sinks:
+Each computes `explicit_attention` of llm/modules/attention/core.py. The first that fits is taken:
 
-| queries and keys | device | dtype       | mask                 | way                                            |
-|------------------|--------|-------------|----------------------|------------------------------------------------|
-| whole, no cap    | CPU    | bf16        | looks back, T <= 512 | `blocked_attention`: in blocks of queries      |
-| whole, plain     | any    | any         | causal               | `fused_attention`, which needs no mask         |
-| whole            | CUDA   | not float64 | any                  | `flex_attention`, where it compiles            |
-| cap; sinks, T = 1| any    | any         | any                  | `explicit_attention`: no fused kernel has tanh |
-| sinks, T > 1     | any    | any         | any                  | `fused_sink_attention`                         |
-| a cache; T <= 64 | any    | any         | any                  | `few_queries_attention`: two plain products    |
-| any              | any    | any         | any                  | `fused_attention`, with the mask written out   |
+| queries and keys      | device | dtype       | mask, and what is added         | way                                      |
+|-----------------------|--------|-------------|---------------------------------|------------------------------------------|
+| one text, T <= 512    | CPU    | bf16        | looks back; no cap              | `blocked_attention`: in blocks of queries |
+| one text              | any    | any         | causal; a sink, channels, none  | `fused_..attention`, which needs no mask  |
+| one text              | CUDA   | not float64 | any; long: no bias              | `flex_attention`, where it compiles       |
+| one text, T > 512     | any    | any         | every n-th token                | n texts side by side                      |
+| one text, T > 512     | any    | any         | shows few keys; no bias, no cap | `blocked_attention`                       |
+| one text, T > 512     | any    | any         | looks back                      | `recomputed_attention`                    |
+| with a cap            | any    | any         | any                             | `explicit_attention`: no kernel has tanh  |
+| with sinks            | any    | any         | any; several queries            | `fused_sink_attention`                    |
+| a cache, <= 64 queries| any    | any         | any                             | `few_queries_attention`: plain products   |
+| any                   | any    | any         | any                             | `fused_attention`, with the mask written  |
+
+No way for a long text holds T x T numbers. Compiled, a long text takes the last three ways.
+
+A bias is a function (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S), for any part of the
+positions. Where it learns something, its method `parameters` gives the tensors, as that of a module does. A bias that is
+a product of something about the query and something about the key offers them by `channels` (alibi.py).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,10 +30,13 @@ from torch.nn import functional as F
 
 from llm.modules.attention.core import explicit_attention, share_heads
 from llm.modules.cache import Places
-from llm.modules.kernels.query_blocks import blocked_attention, blocks_serve
+from llm.modules.kernels.precision import without_slow_bf16
+from llm.modules.kernels.query_blocks import blocked_attention, blocks_serve, is_long
+from llm.modules.kernels.recomputed import recomputed_attention
 from llm.modules.masks import Causal, Mask, causal, visibility
 
 FEW_QUERIES = 64  # T of one text; in absorbed MLA T times n_heads, since heads become queries
+Bias = Callable[[Tensor, Tensor], Tensor]
 
 
 def attend(
@@ -33,36 +46,89 @@ def attend(
     places: Places,
     mask: Mask = causal,
     *,
-    bias: Tensor | None = None,
+    bias: Bias | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """q (B, H, T, D), k (B, H_kv, S, D), v (B, H_kv, S, D_v) -> (B, H, T, D_v): each query attends to the keys that
-    `mask` shows it. bias (H, T, S) or (B, H, T, S) adds to the scores; sinks (H,). Raises ValueError for a bias beside
-    sinks."""
+    `mask` shows it. sinks (H,). Raises ValueError for a bias beside sinks."""
     if bias is not None and sinks is not None:
         raise ValueError("attend takes a bias or sinks, not both: no kernel here computes them together")
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the gain of a norm leaves them in fp32
     if places.whole_text:
-        if soft_cap is None and blocks_serve(q, mask):
-            return blocked_attention(q, share_heads(q, k), share_heads(q, v), mask, scale, bias, sinks)
-        if isinstance(mask, Causal) and bias is None and soft_cap is None and sinks is None:
-            return fused_attention(q, k, v, scale=scale, is_causal=True)
-        if q.is_cuda:
-            from llm.modules.kernels.flex import flex_attention, flex_serves  # takes seconds to import
-
-            if flex_serves(q, k, bias, sinks):
-                return flex_attention(q, k, v, mask, scale, soft_cap, bias, sinks)
+        heads = attend_to_text(q, k, v, places, mask, bias, scale, soft_cap, sinks)
+        if heads is not None:
+            return heads
     shown = visibility(mask, places.q, places.k)
     if soft_cap is not None or (sinks is not None and q.shape[2] == 1):
-        return explicit_attention(q, k, v, shown, scale, bias=bias, soft_cap=soft_cap, sinks=sinks)
+        return explicit_attention(q, k, v, shown, scale, bias=written(bias, places), soft_cap=soft_cap, sinks=sinks)
     if sinks is not None:
         return fused_sink_attention(q, k, v, sinks, shown, scale)
-    added = shown if bias is None else bias.masked_fill(~shown, -torch.inf).to(q.dtype)
+    added = shown if bias is None else bias(places.q, places.k).masked_fill(~shown, -torch.inf).to(q.dtype)
     if places.q.dim() == 2 and q.shape[2] <= FEW_QUERIES:
         return few_queries_attention(q, k, v, added, scale)
     return fused_attention(q, k, v, added, scale)
+
+
+def attend_to_text(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    places: Places,
+    mask: Mask,
+    bias: Bias | None,
+    scale: float | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor | None:
+    """The ways that know the mask without reading positions, for a text from its first token on; None where none fits."""
+    long, plain = is_long(q, mask), bias is None and soft_cap is None
+    if not long and soft_cap is None and blocks_serve(q, mask):
+        return blocked_attention(q, share_heads(q, k), share_heads(q, v), mask, scale, written(bias, places), sinks)
+    if isinstance(mask, Causal) and soft_cap is None:
+        if plain and sinks is None:
+            return fused_attention(q, k, v, scale=scale, is_causal=True)
+        if plain and long:
+            return causal_sink_attention(q, k, v, sinks, scale)
+        if hasattr(bias, "channels") and sinks is None:
+            return channel_attention(q, k, v, *bias.channels(places.k), scale)
+    if q.is_cuda and (plain or not long):
+        from llm.modules.kernels.flex import flex_attention, flex_serves  # takes seconds to import
+
+        added = written(bias, places)
+        if flex_serves(q, k, added, sinks):
+            return flex_attention(q, k, v, mask, scale, soft_cap, added, sinks)
+    if not long:
+        return None
+    n, inner = mask.by_remainder()
+    if n > 1 and plain:
+        return attend_by_remainder(q, k, v, n, inner, scale, sinks)
+    dtype, k, v = v.dtype, share_heads(q, k), share_heads(q, v)
+    q, k, v = without_slow_bf16(q, k, v)
+    if plain and blocks_serve(q, mask):
+        return blocked_attention(q, k, v, mask, scale, sinks=sinks).to(dtype)
+    return recomputed_attention(q, k, v, mask, scale, bias, soft_cap, sinks).to(dtype)
+
+
+def written(bias: Bias | None, places: Places) -> Tensor | None:
+    """The bias of all scores at once."""
+    return None if bias is None else bias(places.q, places.k)
+
+
+def attend_by_remainder(
+    q: Tensor, k: Tensor, v: Tensor, n: int, mask: Mask, scale: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Each of the n texts that consist of every n-th token, by itself: (B, H, T, D) -> (B n, H, T / n, D) and back."""
+    length = q.shape[2]
+
+    def split(x: Tensor) -> Tensor:  # the end is padded: no query of the text sees a later key
+        return F.pad(x, (0, 0, 0, -length % n)).unflatten(2, (-1, n)).movedim(3, 1).flatten(0, 1)
+
+    positions = torch.arange(-(-length // n), device=q.device)
+    places = Places(positions, positions, whole_text=True)
+    heads = attend(split(q), split(k), split(v), places, mask, scale=scale, sinks=sinks)
+    return heads.unflatten(0, (-1, n)).movedim(1, 3).flatten(2, 3)[:, :, :length]
 
 
 def fused_attention(
@@ -110,3 +176,37 @@ def fused_sink_attention(
     k = torch.cat([F.pad(k, (0, 8)), sink_key], -2)
     v = F.pad(v, (0, width + 8 - v_width, 0, 1))
     return fused_attention(q, k, v, F.pad(shown, (0, 1), value=True), scale)[..., :v_width]
+
+
+def causal_sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float | None = None) -> Tensor:
+    """The same for a whole text under a causal mask, which is not written out: the sink's key comes first, so that all
+    queries see it, and a query without a use comes first, so that each one sees itself."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    width, v_width = q.shape[-1], v.shape[-1]
+    sink = F.pad((sinks / scale).to(q.dtype)[:, None, None], (0, 7))  # (H, 1, 8)
+    q = F.pad(torch.cat([q, sink.expand(*q.shape[:3], 8)], -1), (0, 0, 1, 0))  # (B, H, 1 + T, D + 8)
+    sink_key = F.pad(k.new_ones(*k.shape[:2], 1, 1), (width, 7))
+    k = torch.cat([sink_key, F.pad(k, (0, 8))], -2)
+    v = F.pad(v, (0, width + 8 - v_width, 1, 0))
+    return fused_attention(q, k, v, scale=scale, is_causal=True)[:, :, 1:, :v_width]
+
+
+def channel_attention(
+    q: Tensor, k: Tensor, v: Tensor, by_head: Tensor, by_key: Tensor, scale: float | None = None
+) -> Tensor:
+    """A bias by_head (H, C) times by_key (T, C) through the fused causal kernel: as more channels of q and k.
+
+    What bf16 drops of `by_head` goes into as many channels again, and by_key must be exact in bf16. Widths are padded to a
+    multiple of 8, as kernels want them, and v to that of q and k.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    by_head = by_head.to(torch.promote_types(q.dtype, torch.float32)) / scale
+    coarse = by_head.to(q.dtype)
+    by_head = torch.cat([coarse, (by_head - coarse).to(q.dtype)], -1)[:, None]  # (H, 1, 2 C)
+    by_key = torch.cat([by_key, by_key], -1).to(k.dtype)  # (T, 2 C)
+    v_width, width = v.shape[-1], q.shape[-1] + by_key.shape[-1]
+    q = torch.cat([q, by_head.expand(*q.shape[:3], -1)], -1)
+    k = torch.cat([k, by_key.expand(*k.shape[:3], -1)], -1)
+    q, k = (F.pad(x, (0, -width % 8)) for x in (q, k))
+    v = F.pad(v, (0, q.shape[-1] - v_width))
+    return fused_attention(q, k, v, scale=scale, is_causal=True)[..., :v_width]

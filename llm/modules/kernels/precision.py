@@ -33,3 +33,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 def is_remote(x: Tensor) -> bool:
     """Whether reading values of x from Python would make the host wait for a GPU, or break a compiled graph."""
     return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def without_slow_bf16(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, in fp32 instead of bf16 where a CPU emulates products in bf16, which takes several times as long."""
+    x = tensors[0]
+    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
+    slow = x.device.type == "cpu" and x.dtype is torch.bfloat16 and not has_bf16
+    return tuple(x.float() for x in tensors) if slow else tensors

@@ -1,33 +1,41 @@
-"""Attention in blocks of queries: the fastest way on a CPU in bf16, for masks that show no later key.
+"""Attention in blocks of queries whose probabilities are kept: for short texts, and for masks that show few keys.
 
-The block Q_i needs the keys K_i from its first visible key to the position of its last query. So up to 3/8 of the
-scores, those above the diagonal blocks, are never computed, and a CPU is fastest at plain products of this size:
+A block of queries Q_i needs the keys K_i that some of them see (seen_blocks.py). Under a causal mask almost half of the
+scores, those above the diagonal's blocks, are never computed, and a CPU is fastest at plain products of this size:
 
     P_i = softmax(scale Q_i K_i^T + bias_i)        O_i = P_i V_i
 
     dV_i += P_i^T dO_i        dS_i = P_i * (dO_i V_i^T - sum(dO_i * O_i))        dQ_i = scale dS_i K_i
                                                                               dK_i += scale dS_i^T Q_i
 
-dS_i is the gradient of the bias, too. A sink (sinks.py) is one more score in each softmax, with value 0, so its
-gradient is -P sum(dO * O). Unlike FlashAttention (flash.py) this keeps the probabilities for the backward pass, T^2 / 2
-numbers a head. Blog: Attention, multi-head attention and its cost.
+dS_i is the gradient of the bias, too. A sink (sinks.py) is one more score in each softmax, with value 0, so its gradient
+is -P sum(dO * O). Unlike FlashAttention (flash.py) this keeps the probabilities for the backward pass: at most FEW_KEYS
+numbers a query and head. Blog: Attention, multi-head attention and its cost, sparse attention.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.modules.masks import Mask, causal
+from llm.modules.kernels.seen_blocks import add, blocks, hidden, mean_scored, take
+from llm.modules.masks import Causal, Mask, causal
 
-QUERIES = 128  # in a block: the scores of a block should fit into a core's cache
-LONGEST = 512  # tokens; for longer texts the fused kernel is as fast, and keeps nothing
+LONGEST = 512  # tokens of a short text; for a longer one the fused kernel is as fast, and keeps nothing
+FEW_KEYS = 1024  # scores that a query may have on average where the text is longer
 
 
-def blocks_serve(q: Tensor, mask: Mask) -> bool:
-    """Whether this is the faster way: short texts in bf16 on a CPU, and a mask that shows no later keys."""
-    return mask.looks_back and q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[2] <= LONGEST
+def is_long(q: Tensor, mask: Mask) -> bool:
+    """Whether a mask that is written out would waste time and memory. Compiled, the blocks of a long text would be as many
+    copies of one piece of code."""
+    return mask.looks_back and q.shape[2] > LONGEST and not torch.compiler.is_compiling()
+
+
+def blocks_serve(q: Tensor, mask: Mask, biased: bool = False) -> bool:
+    """Whether this is the fastest way: short texts in bf16 on a CPU, and masks that show few keys of a long text."""
+    if is_long(q, mask):
+        return not biased and not isinstance(mask, Causal) and mean_scored(q.shape[2], mask) <= FEW_KEYS
+    short = q.shape[2] <= LONGEST and q.dtype is torch.bfloat16
+    return short and mask.looks_back and q.device.type == "cpu"
 
 
 def blocked_attention(
@@ -58,13 +66,13 @@ class QueryBlocks(torch.autograd.Function):
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T, D)
         out, probabilities = torch.empty_like(v), []
         for rows, keys in blocks(q.shape[1], mask):
-            scores = (q[:, rows] @ k[:, keys].transpose(1, 2)).unflatten(0, heads)  # (B, H, queries, keys)
-            added = hidden(rows, keys, mask, q.dtype)
+            scores = (q[:, rows] @ take(k, keys).mT).unflatten(0, heads)  # (B, H, queries, keys)
+            added = hidden(rows, keys, mask, q)
             scores += added if bias is None else added + bias[..., rows, keys]
             if sinks is not None:
                 scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
             p = scores.softmax(-1).flatten(0, 1)
-            out[:, rows] = p[..., : added.shape[1]] @ v[:, keys]
+            out[:, rows] = p[..., : added.shape[1]] @ take(v, keys)
             probabilities.append(p)
         ctx.mask, ctx.with_sinks = mask, sinks is not None
         ctx.save_for_backward(q, k, v, out, bias, *probabilities)
@@ -75,33 +83,21 @@ class QueryBlocks(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         q, k, v, out, bias, *probabilities = ctx.saved_tensors
         heads, grad = grad.shape[:2], grad.flatten(0, 1)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        dbias = torch.zeros_like(bias) if ctx.needs_input_grad[4] else None
         wide = torch.promote_types(q.dtype, torch.float32)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        dbias = torch.zeros_like(bias) if ctx.needs_input_grad[4] else None
         dsinks = torch.zeros(heads[1], dtype=wide) if ctx.with_sinks else None
         mean = (grad * out).sum(-1, keepdim=True)  # sum_j P dP, for every query
         for p, (rows, keys) in zip(probabilities, blocks(q.shape[1], ctx.mask), strict=True):
             if ctx.with_sinks:
                 p, sink = p[..., :-1], p[..., -1:]
                 dsinks -= (sink.to(wide) * mean[:, rows]).unflatten(0, heads).sum((0, 2, 3))
-            dv[:, keys] += p.transpose(1, 2) @ grad[:, rows]
-            ds = (grad[:, rows] @ v[:, keys].transpose(1, 2)).sub_(mean[:, rows]).mul_(p)
-            dq[:, rows] = ds @ k[:, keys]
-            dk[:, keys] += ds.transpose(1, 2) @ q[:, rows]
+            add(dv, keys, p.mT @ grad[:, rows])
+            ds = (grad[:, rows] @ take(v, keys).mT).sub_(mean[:, rows]).mul_(p)
+            dq[:, rows] = ds @ take(k, keys)
+            add(dk, keys, ds.mT @ q[:, rows])
             if dbias is not None:
                 dbias[..., rows, keys] = ds.unflatten(0, heads).sum_to_size(dbias[..., rows, keys].shape)
-        return dq.unflatten(0, heads), dk.unflatten(0, heads), dv.unflatten(0, heads), None, dbias, dsinks
+        dq, dk, dv = (x.to(q.dtype).unflatten(0, heads) for x in (dq, dk, dv))
+        return dq, dk, dv, None, dbias, dsinks
 
-
-def blocks(length: int, mask: Mask) -> Iterator[tuple[slice, slice]]:
-    """Each block's queries, and the keys that some of them see."""
-    for start in range(0, length, QUERIES):
-        rows = slice(start, min(start + QUERIES, length))
-        yield rows, slice(max(0, start + 1 - mask.reach), rows.stop)
-
-
-def hidden(rows: slice, keys: slice, mask: Mask, dtype: torch.dtype) -> Tensor:
-    """What is added to a block's scores, (queries, keys): 0, or -inf where the query does not see the key."""
-    q_pos, k_pos = torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop)
-    seen = mask.visible(q_pos[:, None], k_pos[None])
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)

@@ -8,17 +8,30 @@ Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrap
 Blog: Position encoding, ALiBi.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def alibi(q_pos: Tensor, k_pos: Tensor, n_heads: int) -> Tensor:
-    """The bias of the scores in fp32: positions (T,) and (S,) -> (H, T, S), or (B, T) and (B, S) -> (B, H, T, S).
+@dataclass(frozen=True)
+class ALiBi:
+    """A `score_bias` for `n_heads` heads."""
 
-    `functools.partial(alibi, n_heads=..)` is a `score_bias`.
-    """
-    distance = q_pos[..., None, :, None] - k_pos[..., None, None, :]
-    return -alibi_slopes(n_heads, q_pos.device)[:, None, None] * distance
+    n_heads: int
+
+    def __call__(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """The bias in fp32: positions (T,) and (S,) -> (H, T, S), or (B, T) and (B, S) -> (B, H, T, S)."""
+        distance = q_pos[..., None, :, None] - k_pos[..., None, None, :]
+        return -alibi_slopes(self.n_heads, q_pos.device)[:, None, None] * distance
+
+    def channels(self, k_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """(H, 2) and (S, 2), whose product is m_h j: a softmax ignores m_h i, which is the same for all keys of a query.
+
+        j = 256 (j // 256) + j % 256, since bf16 has whole numbers up to 256 only. Exact up to 65,536 tokens.
+        """
+        slopes = alibi_slopes(self.n_heads, k_pos.device)
+        return torch.stack([256 * slopes, slopes], -1), torch.stack([k_pos // 256, k_pos % 256], -1)
 
 
 def alibi_slopes(n_heads: int, device: torch.device | None = None) -> Tensor:

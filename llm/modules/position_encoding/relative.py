@@ -10,6 +10,8 @@ Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context, arXiv 1
 Blog: Position encoding, relative.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.cache import Places
 from llm.modules.kernels.attention import attend
+from llm.modules.kernels.precision import without_slow_bf16
 from llm.modules.masks import mean_keys
 from llm.modules.position_encoding.sinusoidal import sinusoidal
 
@@ -36,26 +39,50 @@ class RelativeAttention(MultiHeadAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
         """q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Cached keys may have any order. The distance of a query
         and a visible key is below S."""
-        scale = self.head_dim**-0.5
-        by_distance = self.score_distances(q, k.shape[2])
-        aligned = shift(by_distance) if places.whole_text else gather(by_distance, places)
-        query = q + self.u[:, None].to(q.dtype)
-        return attend(query, k, v, places, self.mask, bias=aligned * scale, scale=scale)
+        query, r = q + self.u[:, None].to(q.dtype), self.distances(k.shape[2])
+        bias = DistanceScores(*without_slow_bf16(q + self.v[:, None].to(q.dtype), r.to(q.dtype)), self.head_dim**-0.5)
+        return attend(query, k, v, places, self.mask, bias=bias, scale=self.head_dim**-0.5)
 
-    def score_distances(self, q: Tensor, n: int) -> Tensor:
-        """The unscaled distance term of every query for the distances n - 1, .., 1, 0: (B, H, T, n)."""
-        distances = torch.arange(n - 1, -1, -1, device=q.device)
+    def distances(self, n: int) -> Tensor:
+        """W_r R of the distances n - 1, .., 1, 0: (H, D, n)."""
+        distances = torch.arange(n - 1, -1, -1, device=self.u.device)
         r = self.r_proj(sinusoidal(distances, self.d_model).to(self.r_proj.weight.dtype))  # (n, H D)
-        r = r.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0)  # (H, D, n)
-        return (q + self.v[:, None].to(q.dtype)) @ r.to(q.dtype)
+        return r.unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0)
 
     def flops(self, context: int) -> float:
         """FLOPs per token: queries times keys, queries times distances, weights times values."""
         return 6 * self.q_proj.out_features * mean_keys(self.mask, context)
 
 
+class DistanceScores(NamedTuple):
+    """The position term as a `bias`: queries (B, H, T, D) times r (H, D, n), of the distances n - 1, .., 0, times scale.
+
+    Called with positions (B, T) and (B, S) of all queries, or with some of the positions (T,) of one whole text.
+    """
+
+    queries: Tensor
+    r: Tensor
+    scale: float
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """What gets a gradient."""
+        return self.queries, self.r
+
+    def __call__(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        n_queries, n_keys = q_pos.shape[-1], k_pos.shape[-1]
+        if q_pos.dim() == 2:
+            return gather(self.queries @ self.r, Places(q_pos, k_pos)) * self.scale
+        if n_queries == self.queries.shape[2]:
+            return shift(self.queries @ self.r) * self.scale
+        start = int(q_pos[0])
+        queries = self.queries[:, :, start : start + n_queries]
+        if n_keys == start + n_queries:  # all keys up to the last query
+            return shift(queries @ self.r[..., -n_keys:]) * self.scale
+        return gather(queries @ self.r, Places(q_pos, k_pos)) * self.scale
+
+
 def gather(by_distance: Tensor, places: Places) -> Tensor:
-    """Scores by distance, S - 1 .. 0, -> scores by key, by looking each one up; both are (B, H, T, S).
+    """Scores (B, H, T, n) for the distances n - 1 .. 0 -> scores for the keys, (B, H, T, S), by looking each one up.
 
     For future keys and padding, the distance is clamped to 0 .. S - 1; the mask hides these keys later.
     """
@@ -63,12 +90,13 @@ def gather(by_distance: Tensor, places: Places) -> Tensor:
     distance = (places.q[..., :, None] - places.k[..., None, :]).clamp(0, n - 1)  # (T, S) or (B, T, S)
     index = n - 1 - distance
     index = index if index.dim() == 2 else index[:, None]
-    return by_distance.gather(-1, index.expand_as(by_distance))
+    return by_distance.gather(-1, index.expand(*by_distance.shape[:3], -1))
 
 
 def shift(by_distance: Tensor) -> Tensor:
-    """The same for one whole text, without a look-up: (B, H, T, T) both. Row i must move left by T - 1 - i. To do so,
-    add a column on the left, read the numbers in rows of T, and drop the first row."""
+    """The same without a look-up, for the last T queries of S keys: the row of query i of T must move left by T - 1 - i.
+    With one more column on the left, leaving out T numbers and reading the others in rows of S does that.
+    (B, H, T, S) both."""
     n_rows, n_columns = by_distance.shape[-2:]
-    padded = F.pad(by_distance, (1, 0))  # (B, H, T, T + 1)
-    return padded.flatten(-2).unflatten(-1, (n_columns + 1, n_rows))[..., 1:, :]
+    padded = F.pad(by_distance, (1, 0))  # (B, H, T, S + 1)
+    return padded.flatten(-2)[..., n_rows:].unflatten(-1, (n_rows, n_columns))
