@@ -4,6 +4,7 @@ from llm.models.alibi import ALiBiDecoder
 from llm.models.attention_sink import AttentionSink
 from llm.models.baseline import Baseline
 from llm.models.big_bird import BigBird
+from llm.models.block_mixture import BlockMixture
 from llm.models.case_studies.deepseek_v2 import DeepseekV2
 from llm.models.case_studies.deepseek_v3 import DeepseekV3
 from llm.models.case_studies.gemma import Gemma2, Gemma3
@@ -32,6 +33,7 @@ from llm.models.mamba import MambaDecoder
 from llm.models.mamba2 import Mamba2Decoder
 from llm.models.mixture_of_experts import MixtureOfExperts
 from llm.models.multi_query import MultiQuery
+from llm.models.native_sparse import NativeSparse
 from llm.models.nope import NoPEDecoder
 from llm.models.output_norm import OutputNorm
 from llm.models.parallel_block import ParallelBlockDecoder
@@ -71,6 +73,8 @@ MODELS: dict[str, type[Transformer]] = {
     "sliding_window": SlidingWindow,
     "sparse": Sparse,
     "big_bird": BigBird,
+    "native_sparse": NativeSparse,
+    "block_mixture": BlockMixture,
     "attention_sink": AttentionSink,
     "streaming": Streaming,
     "soft_capping": SoftCapping,
