@@ -7,6 +7,7 @@ from llm.models.big_bird import BigBird
 from llm.models.block_mixture import BlockMixture
 from llm.models.case_studies.deepseek_v2 import DeepseekV2
 from llm.models.case_studies.deepseek_v3 import DeepseekV3
+from llm.models.case_studies.deepseek_v3_2 import DeepseekV32
 from llm.models.case_studies.gemma import Gemma2, Gemma3
 from llm.models.case_studies.gpt2 import GPT2
 from llm.models.case_studies.gpt_oss import GPTOSS
@@ -106,6 +107,7 @@ MODELS: dict[str, type[Transformer]] = {
     "gemma3": Gemma3,
     "deepseek_v2": DeepseekV2,
     "deepseek_v3": DeepseekV3,
+    "deepseek_v3_2": DeepseekV32,
     "mixtral": Mixtral,
     "qwen3_moe": Qwen3MoE,
     "gpt_oss": GPTOSS,

@@ -50,6 +50,9 @@ FIELDS = {
     "qk_nope_head_dim": "qk_nope_head_dim",
     "qk_rope_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim",
+    "index_n_heads": "index_n_heads",
+    "index_head_dim": "index_head_dim",
+    "index_top_k": "index_topk",
 }
 """Our field -> the name that most families have for it in config.json."""
 

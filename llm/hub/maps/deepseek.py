@@ -8,6 +8,7 @@ from llm.hub.rope import read_rope, write_rope
 from llm.hub.tables import Operation, PretrainedError, Published, check_count, check_kind, join, require, same
 from llm.models.case_studies.deepseek_v2 import DeepseekConfig, DeepseekV2
 from llm.models.case_studies.deepseek_v3 import DeepseekV3
+from llm.models.case_studies.deepseek_v3_2 import DeepseekV32
 
 ATTENTION, EXPERTS = THEIRS + "self_attn.", THEIRS + "mlp."
 EXPERT = EXPERTS + "experts.{expert}."
@@ -30,6 +31,10 @@ NAMES = (
     (OURS + "ffn.shared.*", EXPERTS + "shared_experts.*", same),
     FFN,
 )
+INDEXER = (
+    (OURS + "mixer.indexer.q_proj.weight", ATTENTION + "indexer.wq_b.weight", same),
+    (OURS + "mixer.indexer.k_proj.weight", ATTENTION + "indexer.wk.weight", same),
+)  # k_norm and weights_proj are called alike
 LEFT_OUT = Operation(lambda theirs: [], lambda ours: [])
 REQUIRED = {"hidden_act": ("silu",), "attention_bias": (False,), "moe_layer_freq": (1,)}
 # how experts were balanced and spread over machines; widths that transformers writes and does not read
@@ -74,6 +79,16 @@ def read_v3(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 def write_v3(config: DeepseekV3.Config) -> dict[str, Any]:
     return write_common(config) | {"num_nextn_predict_layers": 0}
+
+
+def read_v32(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Layers are dense and sparse in the one order that first_k_dense_replace says, and all have an indexer."""
+    n_dense, n_layers = min(ours["n_dense_layers"], ours["n_layers"]), ours["n_layers"]
+    kinds = ["dense"] * n_dense + ["sparse"] * (n_layers - n_dense)
+    for name, expected in (("mlp_layer_types", kinds), ("layer_types", ["indexed_attention"] * n_layers)):
+        if left.pop(name, expected) not in (expected, None):
+            raise PretrainedError(f"config.json sets {name}: this model knows {expected} only")
+    return read_v3(left, ours)
 
 
 def write_common(config: DeepseekConfig) -> dict[str, Any]:
@@ -125,6 +140,27 @@ PUBLISHED = {
         read=read_v3,
         write=write_v3,
     ),
+    DeepseekV32: Published(
+        model_type="deepseek_v32",
+        architecture="DeepseekV32ForCausalLM",
+        names=(*INDEXER, *NAMES, ("mtp.*", (), LEFT_OUT)),
+        fields=deepseek_fields(
+            **dict(vocab_size=129_280, max_seq_len=163_840, d_model=7168, n_layers=61, n_heads=128, n_dense_layers=3),
+            **dict(d_ff=18_432, n_experts=256, top_k=8, n_shared_experts=1, d_expert=2048, n_groups=8, top_k_groups=4),
+            **dict(routed_scaling_factor=2.5, index_n_heads=64, index_head_dim=128, index_top_k=2048),
+        ),
+        required=REQUIRED
+        | {
+            "scoring_func": ("sigmoid",),
+            "topk_method": ("noaux_tc",),
+            "norm_topk_prob": (True,),
+            "mlp_bias": (False,),
+        },
+        ignored=IGNORED | {"output_router_logits"},
+        ignored_weights=prediction_modules,
+        read=read_v32,
+        write=write_v3,
+    ),
 }
 
 
@@ -153,6 +189,13 @@ SIZES = {
         "deepseek-v3": dict(
             **dict(THREE, d_model=7168, n_layers=61, n_heads=128, q_lora_rank=1536, d_ff=18_432),
             **dict(n_experts=256, d_expert=2048, n_groups=8, top_k_groups=4, n_mtp=0),
+        )
+    },
+    DeepseekV32: {
+        "deepseek-v3.2": dict(
+            **dict(THREE, d_model=7168, n_layers=61, n_heads=128, q_lora_rank=1536, d_ff=18_432),
+            **dict(n_experts=256, d_expert=2048, n_groups=8, top_k_groups=4, n_mtp=0),
+            **dict(index_n_heads=64, index_head_dim=128, index_top_k=2048),
         )
     },
 }

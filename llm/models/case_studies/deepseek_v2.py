@@ -85,8 +85,9 @@ class DeepseekConfig(ModelConfig):
         return scale * yarn_mscale(self.rope_scaling["factor"], mscale) ** 2 if mscale else scale
 
 
-def latent_attention(c: DeepseekConfig) -> LatentAttention:
-    return LatentAttention(
+def latent_options(c: DeepseekConfig) -> dict[str, Any]:
+    """The arguments of LatentAttention."""
+    return dict(
         d_model=c.d_model,
         n_heads=c.n_heads,
         q_lora_rank=c.q_lora_rank,
@@ -97,6 +98,10 @@ def latent_attention(c: DeepseekConfig) -> LatentAttention:
         rope=RoPE(c.qk_rope_head_dim, c.rope_theta, interleaved=True, scaling=make_scaling(c.rope_scaling)),
         scale=c.attention_scale,
     )
+
+
+def latent_attention(c: DeepseekConfig) -> LatentAttention:
+    return LatentAttention(**latent_options(c))
 
 
 def shared_and_routed(c: DeepseekConfig, router: Router) -> MoE:

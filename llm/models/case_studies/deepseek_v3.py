@@ -60,7 +60,10 @@ class DeepseekV3(Transformer):
     def make_block(self, layer: int) -> Block:
         c = self.config
         ffn = SwiGLU(c.d_model, c.d_ff) if layer < c.n_dense_layers else self.make_experts()
-        return Block(latent_attention(c), ffn, self.make_norm)
+        return Block(self.make_mixer(layer), ffn, self.make_norm)
+
+    def make_mixer(self, layer: int) -> nn.Module:
+        return latent_attention(self.config)
 
     def make_experts(self) -> nn.Module:
         c = self.config

@@ -1,0 +1,136 @@
+"""DeepSeek Sparse Attention: transformers' model, its objective as loops, and what learns from what."""
+
+import math
+
+import pytest
+import torch
+from conftest import redraw, tiny_model
+from parity import assert_same_continuation, assert_same_gradients, assert_same_logits, assert_survives_export, twins
+from test_attention import step_by_step
+
+from llm.modules.attention.latent import LatentAttention
+from llm.modules.position_encoding.rope import RoPE
+from llm.modules.sparse.indexer import Indexer, SparseLatentAttention
+
+T = 40
+POSITIONS = torch.arange(T)
+SHAPE = dict(
+    **dict(vocab_size=97, hidden_size=36, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3),
+    **dict(intermediate_size=40, moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=3),
+    **dict(n_shared_experts=2, q_lora_rank=20, kv_lora_rank=24, qk_nope_head_dim=10, qk_rope_head_dim=12),
+    **dict(v_head_dim=14, max_position_embeddings=64, first_k_dense_replace=1, n_group=4, topk_group=2),
+    **dict(index_n_heads=8, index_head_dim=16, index_topk=6, rms_norm_eps=1e-3),
+)
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+WIDTHS = dict(kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, q_lora_rank=10)
+
+
+@pytest.mark.parametrize("config", [{}, {"index_topk": 64}, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}])
+def test_logits_generation_export_and_gradients_are_those_of_transformers(tmp_path, config):
+    theirs, ours = twins(tmp_path, "DeepseekV32ForCausalLM", **{**SHAPE, **config})
+    assert_same_logits(theirs, ours)
+    assert_same_continuation(theirs, ours)
+    assert_survives_export(theirs, ours, tmp_path)
+    for parameter in theirs.parameters():  # the choice has no gradient: theirs leave the indexer without one
+        parameter.register_hook(lambda grad: grad)
+        parameter.grad = torch.zeros_like(parameter)
+    for name, parameter in ours.named_parameters():
+        parameter.grad = torch.zeros_like(parameter) if ".indexer." in name else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(ours), "named_parameters", learned_by_the_cross_entropy(type(ours).named_parameters))
+        assert_same_gradients(theirs, ours, tmp_path)
+
+
+def learned_by_the_cross_entropy(named_parameters):
+    return lambda model, *args, **options: (
+        (name, p) for name, p in named_parameters(model, *args, **options) if ".indexer." not in name
+    )
+
+
+def sparse_layer(top_k, Mixer=SparseLatentAttention, **options):
+    torch.manual_seed(0)
+    options = dict(d_model=24, n_heads=3, rope=RoPE(4, interleaved=True), **WIDTHS, **options)
+    if Mixer is SparseLatentAttention:
+        indexer = Indexer(d_model=24, q_lora_rank=10, n_heads=8, head_dim=6, rope=RoPE(6, rotary_dim=4))
+        options |= dict(indexer=indexer, index_top_k=top_k, index_loss_coef=0.7)
+    layer = Mixer(**options).double().eval()
+    redraw(layer)
+    return layer, torch.randn(2, T, 24, dtype=torch.float64)
+
+
+@torch.no_grad()
+def by_loops(layer, x, top_k):
+    """Output, and the indexer's loss without its weight."""
+    q_nope, q_rope = layer.queries(x, POSITIONS)
+    latent, k_rope = layer.compress(x, POSITIONS)
+    k_nope, v = layer.kv_b_proj(latent).unflatten(-1, (3, -1)).split(layer.expanded_split, -1)
+    q_latent, indexer = layer.q_a_norm(layer.q_a_proj(x)), layer.indexer
+    q_i = indexer.rope(indexer.q_proj(q_latent).unflatten(-1, (8, -1)), POSITIONS)
+    k_i, w = indexer.keys(x, POSITIONS), indexer.weights_proj(x)
+    heads, losses = torch.zeros(2, T, 3, 5, dtype=x.dtype), []
+    for b in range(2):
+        for t in range(T):
+            score = [
+                sum(w[b, t, j] * torch.relu(q_i[b, t, j] @ k_i[b, s]) for j in range(8)) / math.sqrt(8 * 6)
+                for s in range(t + 1)
+            ]
+            chosen = sorted(range(t + 1), key=lambda s: -score[s])[:top_k]
+            p = torch.zeros(len(chosen), dtype=x.dtype)
+            for h in range(3):
+                logits = torch.stack([q_nope[b, t, h] @ k_nope[b, s, h] + q_rope[b, t, h] @ k_rope[b, s] for s in chosen])
+                weights = (logits / math.sqrt(10)).softmax(0)
+                heads[b, t, h] = weights @ v[b, chosen, h]
+                p += weights / 3
+            log_q = torch.stack([score[s] for s in chosen]).log_softmax(0)
+            losses.append((p * (p.log() - log_q)).sum())
+    return layer.o_proj(heads.flatten(2)), torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 40])
+def test_output_and_objective_are_the_papers_written_as_loops(top_k):
+    layer, x = sparse_layer(top_k)
+    expected, divergence = by_loops(layer, x, top_k)
+    torch.testing.assert_close(layer.train()(x, POSITIONS), expected, rtol=0, atol=1e-6)  # RoPE's angles are fp32
+    torch.testing.assert_close(layer.pop_loss(), 0.7 * divergence, rtol=0, atol=1e-6)
+    assert layer.pop_loss() is None
+
+
+def test_choosing_everything_and_the_warm_up_are_dense_attention():
+    full, x = sparse_layer(0, LatentAttention)
+    for options in ({"top_k": T}, {"top_k": 3, "dense": True}):
+        layer, _ = sparse_layer(**options)
+        full.load_state_dict({n: p for n, p in layer.state_dict().items() if "indexer" not in n})
+        torch.testing.assert_close(layer(x, POSITIONS), full(x, POSITIONS), rtol=0, atol=1e-10)
+    layer.train()(x, POSITIONS)
+    _, divergence = by_loops(layer, x, T)  # the warm-up's loss is over all earlier tokens
+    torch.testing.assert_close(layer.pop_loss(), 0.7 * divergence, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [[1] * T, [T], [11, 1, 1, 20, 1, 6]])
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_cache_in_any_parts_with_or_without_padding_equals_recomputing(padding, parts):
+    layer, x = sparse_layer(7)
+    ours = step_by_step(layer, x, parts, padding=torch.tensor([0, padding]))
+    torch.testing.assert_close(ours[0], layer(x[:1], POSITIONS)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours[1, padding:], layer(x[1:, padding:], POSITIONS[: T - padding])[0], rtol=0, atol=1e-6)
+
+
+def test_the_indexer_learns_from_its_loss_only_and_the_model_from_the_rest_only():
+    model = tiny_model("deepseek_v3_2").train()
+    windows = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(1))
+    mixers = [block.mixer for block in model.blocks]
+    x = model.hidden(windows[:, :-1])
+    torch.stack([mixer.pop_loss() for mixer in mixers]).sum().backward(retain_graph=True)
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert with_gradient and all(".indexer." in name for name in with_gradient)
+    assert with_gradient == {name for name, _ in model.named_parameters() if ".indexer." in name and "mtp" not in name}
+    model.zero_grad()
+    model.unembed(x).square().sum().backward()
+    assert not any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if ".indexer." in n)
+
+
+def test_what_the_indexer_needs_is_demanded():
+    with pytest.raises(ValueError, match="q_lora_rank = None"):
+        tiny_model("deepseek_v3_2", q_lora_rank=None)
+    with pytest.raises(ValueError, match="index_head_dim = 8"):
+        tiny_model("deepseek_v3_2", index_head_dim=8)
