@@ -19,6 +19,8 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """Pre-norm block: (B, T, D) -> (B, T, D). `norm` returns a new normalisation layer at each call."""
 
+    title = "Pre-norm"
+
     def __init__(self, mixer: nn.Module, ffn: nn.Module, norm: Callable[[], nn.Module]):
         super().__init__()
         self.mixer_norm = norm()
@@ -50,6 +52,8 @@ class PostNormBlock(Block):
     the output are large, so training needs a longer warm-up than with other blocks (arXiv 2002.04745).
     """
 
+    title = "Post-norm"
+
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         x = self.mixer_norm(x + self.mixer(x, positions, cache))
         return self.ffn_norm(x + self.ffn(x))
@@ -57,6 +61,8 @@ class PostNormBlock(Block):
 
 class OutputNormBlock(Block):
     """Normalise the output of each sublayer, not its input. 2 OLMo 2 Furious, arXiv 2501.00656."""
+
+    title = "Output norm"
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         x = x + self.mixer_norm(self.mixer(x, positions, cache))
@@ -68,6 +74,8 @@ class SandwichBlock(Block):
 
     CogView: Mastering Text-to-Image Generation via Transformers, arXiv 2105.13290; Gemma 2, arXiv 2408.00118.
     """
+
+    title = "Sandwich norm"
 
     def __init__(self, mixer: nn.Module, ffn: nn.Module, norm: Callable[[], nn.Module]):
         super().__init__(mixer, ffn, norm)
@@ -85,6 +93,8 @@ class ParallelBlock(nn.Module):
     PaLM: Scaling Language Modeling with Pathways, arXiv 2204.02311, section 2; GPT-J used it first.
     """
 
+    title = "Parallel"
+
     def __init__(self, mixer: nn.Module, ffn: nn.Module, norm: Callable[[], nn.Module]):
         super().__init__()
         self.norm = norm()
@@ -98,6 +108,8 @@ class ParallelBlock(nn.Module):
 
 class TwoNormParallelBlock(Block):
     """The parallel block with a separate norm for each branch. GPT-NeoX-20B, arXiv 2204.06745."""
+
+    title = "Parallel, two norms"
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         return x + self.mixer(self.mixer_norm(x), positions, cache) + self.ffn(self.ffn_norm(x))

@@ -51,7 +51,7 @@ class MultiHeadAttention(nn.Module):
         head_dim = head_dim or d_model // n_heads
         if n_heads % n_kv_heads:
             raise ValueError(f"n_kv_heads = {n_kv_heads} must divide n_heads = {n_heads} (--model.n-kv-heads)")
-        self.head_dim, self.n_kv_heads, self.scale = head_dim, n_kv_heads, scale
+        self.n_heads, self.n_kv_heads, self.head_dim, self.scale = n_heads, n_kv_heads, head_dim, scale
         self.rope, self.mask, self.score_bias = rope, mask, score_bias
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
@@ -59,6 +59,12 @@ class MultiHeadAttention(nn.Module):
         self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=o_bias)
         self.q_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(head_dim) if qk_norm else nn.Identity()
+
+    @property
+    def title(self) -> str:
+        """The name of the kind, for pictures."""
+        kinds = {self.n_heads: "Multi-head", 1: "Multi-query"}
+        return f"{kinds.get(self.n_kv_heads, 'Grouped-query')} attention"
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         q, k, v = self.project(x, positions)

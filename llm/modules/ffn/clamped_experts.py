@@ -26,7 +26,7 @@ class ClampedExperts(nn.Module):
 
     def __init__(self, d_model: int, d_expert: int, n_experts: int, limit: float = 7.0, alpha: float = 1.702):
         super().__init__()
-        self.n_experts, self.limit, self.alpha = n_experts, limit, alpha
+        self.n_experts, self.d_expert, self.limit, self.alpha = n_experts, d_expert, limit, alpha
         self.gate_up_proj = nn.Parameter(0.02 * torch.randn(n_experts, 2 * d_expert, d_model))
         self.gate_up_proj_bias = nn.Parameter(torch.zeros(n_experts, 2 * d_expert))
         self.down_proj = nn.Parameter(0.02 * torch.randn(n_experts, d_model, d_expert))

@@ -26,7 +26,12 @@ class GLU(nn.Module):
         self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
-        self.activation = activation
+        self.d_ff, self.activation = d_ff, activation
+
+    @property
+    def title(self) -> str:
+        """The name of the variant, for pictures."""
+        return {"sigmoid": "GLU", "relu": "ReGLU", "silu": "SwiGLU"}.get(self.activation.__name__, "GeGLU")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

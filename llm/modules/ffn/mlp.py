@@ -18,7 +18,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
-        self.activation = activation
+        self.d_ff, self.activation = d_ff, activation
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))

@@ -64,7 +64,7 @@ class GatedExperts(nn.Module):
 
     def __init__(self, d_model: int, d_expert: int, n_experts: int, activation: Callable[[Tensor], Tensor] = F.silu):
         super().__init__()
-        self.n_experts, self.activation = n_experts, activation
+        self.n_experts, self.d_expert, self.activation = n_experts, d_expert, activation
         self.gate_up_proj = nn.Parameter(0.02 * torch.randn(n_experts, 2 * d_expert, d_model))
         self.down_proj = nn.Parameter(0.02 * torch.randn(n_experts, d_model, d_expert))
 
@@ -83,7 +83,7 @@ class PlainExperts(nn.Module):
 
     def __init__(self, d_model: int, d_expert: int, n_experts: int, activation: Callable[[Tensor], Tensor] = F.gelu):
         super().__init__()
-        self.n_experts, self.activation = n_experts, activation
+        self.n_experts, self.d_expert, self.activation = n_experts, d_expert, activation
         self.up_proj = nn.Parameter(0.02 * torch.randn(n_experts, d_expert, d_model))
         self.down_proj = nn.Parameter(0.02 * torch.randn(n_experts, d_model, d_expert))
 

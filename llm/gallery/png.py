@@ -1,0 +1,39 @@
+"""A picture as PNG: a browser draws the SVG, since browsers draw text and colours as they are meant."""
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+INSTALL = "apt-get install -y chromium"
+
+
+def find_browser() -> str | None:
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+
+def write_png(svg: str, out: Path, width: float, height: float, scale: float = 2) -> None:
+    """Raises RuntimeError, with the command that installs one, where there is no browser."""
+    browser = find_browser()
+    if browser is None:
+        raise RuntimeError(f"no browser to draw a PNG with: install Chromium ({INSTALL}), or write an .svg instead")
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "picture.html"
+        page.write_text(f"<body style='margin:0'>{svg}</body>", encoding="utf-8")
+        size = f"--window-size={round(width)},{round(height)}"
+        command = [browser, *FLAGS, f"--user-data-dir={folder}/profile", size, f"--force-device-scale-factor={scale}"]
+        subprocess.run(
+            [*command, f"--screenshot={out.resolve()}", page.as_uri()], check=True, capture_output=True, timeout=120
+        )

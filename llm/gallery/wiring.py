@@ -1,0 +1,83 @@
+"""How a block is wired, read from the code that runs: its forward pass is traced with its submodules as whole steps.
+
+torch.fx calls `forward` with stand-ins that write down what is done to them. So the residual path, the place of each
+norm and whether two layers stand side by side are those of the code, and no block describes itself.
+"""
+
+import operator
+
+import torch
+from torch import fx, nn
+
+from llm.gallery.diagram import Node
+
+SILENT = ("getattr", "getitem", "_assert_is_none", "size")
+"""Operations that pass a tensor on, or only ask for its shape."""
+HIDDEN = ("positions", "cache")
+"""Arguments that every block has."""
+
+
+class Outside(fx.Tracer):
+    """Follows the forward pass of one module, not those of its submodules."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace(block: nn.Module) -> tuple[Node, ...] | None:
+    """The steps from `x` to what the block returns; None where the forward pass depends on values and cannot be traced."""
+    try:
+        graph = Outside().trace(block, concrete_args={"cache": None})
+    except Exception:
+        return None
+    return follow(graph)
+
+
+def follow(graph: fx.Graph) -> tuple[Node, ...]:
+    nodes: list[Node] = []
+    place: dict[fx.Node, int] = {}  # where the value of each step is, for those that have one
+    for step in graph.nodes:
+        inputs = tuple(dict.fromkeys(place[i] for i in step.all_input_nodes if i in place))
+        name = getattr(step.target, "__name__", str(step.target))
+        if step.op == "output":
+            return trim(nodes, inputs[0])
+        if step.op == "placeholder":
+            if not name.startswith(HIDDEN):
+                place[step] = add(nodes, Node(name if nodes else "x"))
+        elif name in SILENT or step.op == "get_attr":
+            if inputs:
+                place[step] = inputs[0]
+        elif step.target in (operator.add, torch.add, operator.iadd):
+            place[step] = add(nodes, Node("+", inputs)) if len(inputs) > 1 else inputs[0]
+        else:
+            place[step] = add(nodes, Node(name, inputs))
+    return None
+
+
+def add(nodes: list[Node], node: Node) -> int:
+    nodes.append(node)
+    return len(nodes) - 1
+
+
+def trim(nodes: list[Node], last: int) -> tuple[Node, ...]:
+    """Only the nodes that the result depends on; `(x + a) + b` becomes one addition where nobody else reads `x + a`."""
+    readers = [[j for j, node in enumerate(nodes) if i in node.inputs] for i in range(len(nodes))]
+
+    def merged(i: int) -> tuple[int, ...]:
+        if nodes[i].label == "+" and len(readers[i]) == 1 and nodes[readers[i][0]].label == "+":
+            return tuple(k for j in nodes[i].inputs for k in merged(j))
+        return (i,)
+
+    inputs = [tuple(k for j in node.inputs for k in (merged(j) if node.label == "+" else (j,))) for node in nodes]
+    used, waiting = set(), [last]
+    while waiting:
+        i = waiting.pop()
+        used.add(i)
+        waiting += [j for j in inputs[i] if j not in used]
+    order = sorted(used)
+    return tuple(Node(nodes[i].label, tuple(order.index(j) for j in inputs[i])) for i in order)
+
+
+def chain(slots: list[str]) -> tuple[Node, ...]:
+    """The parts one after the other: what is drawn where the wiring is not known."""
+    return (Node("x"), *(Node(slot, (i,)) for i, slot in enumerate(slots)))
