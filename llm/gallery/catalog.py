@@ -11,7 +11,7 @@ from llm.analysis.accounting import units
 from llm.config import ModelConfig
 from llm.gallery.describe import describe
 from llm.gallery.diagram import Diagram, Part
-from llm.gallery.docstrings import date_of, first_sentence
+from llm.gallery.docstrings import date_of, first_sentence, own_doc
 from llm.hub.maps import PUBLISHED, SIZES
 from llm.models import MODELS
 from llm.models.transformer import Transformer
@@ -56,7 +56,7 @@ def entries() -> dict[str, Entry]:
 
 def picture(entry: Entry, model: Transformer | None = None) -> Diagram:
     model = model or entry.build()
-    size = units(sum(p.numel() for p in model.parameters())).strip()
+    size = units(sum(p.numel() for p in model.parameters())).strip().replace("G", "B")
     subtitle = f"{size} parameters, {entry.config.n_layers} layers, context {entry.config.max_seq_len:,}"
     return describe(model, entry.name, subtitle)
 
@@ -66,7 +66,8 @@ def documentation(Model: type[Transformer]) -> str:
 
 
 def idea(Model: type[Transformer]) -> str:
-    return first_sentence(documentation(Model))
+    """The first sentence of the file, and that of the class where one file has several models."""
+    return " ".join([first_sentence(documentation(Model)), first_sentence(own_doc(Model))]).strip()
 
 
 def date(entry: Entry) -> tuple[int, int]:
@@ -97,8 +98,8 @@ def join(names) -> str:
 def position_name(part: Part) -> str:
     if part.slot == "mixer":
         return next((fact for fact in part.facts if fact.endswith("attention")), part.title)
-    scalings = [fact for fact in part.facts if " " not in fact and fact[0].isupper()]
-    return f"{part.title} with {scalings[0]}" if scalings else part.title
+    scaling = next((fact.split()[1] for fact in part.facts if fact.startswith("scaling ")), "")
+    return f"{part.title} with {scaling}" if scaling else part.title
 
 
 def kind_name(part: Part) -> str:

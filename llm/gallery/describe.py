@@ -285,7 +285,7 @@ def fact(name: str, value: Any) -> str:
             return f"{name} {' + '.join(map(number, value))}"
     function = function_of(value)
     if function is None or kind_of(function.__module__) == "position":
-        return words(type(value).__name__) if dataclasses.is_dataclass(value) else ""
+        return f"{name} {type(value).__name__}" if dataclasses.is_dataclass(value) else ""
     return f"{name} {function.__name__}"
 
 

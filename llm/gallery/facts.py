@@ -39,7 +39,7 @@ def costs(model: Transformer) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "active": accounting.active_parameters(model),
-        "flops": flops[: len(cache)],
+        "flops": flops,
         "cache": cache,
         "printed": accounting.summary(model.float()).splitlines(),
     }

@@ -15,7 +15,7 @@ from llm.gallery import catalog, facts
 from llm.gallery.catalog import Entry
 from llm.gallery.diagram import Diagram, equation
 from llm.gallery.docstrings import about
-from llm.gallery.svg import draw
+from llm.gallery.svg import draw, font_sizes
 from llm.models.transformer import Transformer
 
 FOLDER = Path(__file__).parent
@@ -31,7 +31,7 @@ def page() -> str:
 def fill(data: str) -> str:
     """The template with everything in its place."""
     text = read("template.html")
-    styles = read("picture.css") + read("style.css")
+    styles = read("picture.css") + font_sizes() + read("style.css")
     for name, content in (("STYLE", styles), ("SCRIPT", read("script.js")), ("DATA", data)):
         text = text.replace(f"{{{{{name}}}}}", content)
     return text

@@ -41,6 +41,7 @@ function units(value) {
   return `${value.toPrecision(3).replace(/\.$/, "")} ${["", "k", "M", "G", "T"][prefix]}`;
 }
 
+const size = (n) => units(n).replace("G", "B").trim(); // of parameters, which are counted in billions
 const count = (n) => n.toLocaleString("en-US");
 const tokens = (n) => (n >= 2 ** 20 ? `${n / 2 ** 20} M` : `${n / 1024} K`);
 const dated = ([year, month]) => (month ? `${year}-${String(month).padStart(2, "0")}` : `${year || "unknown"}`);
@@ -64,8 +65,8 @@ const k8 = 3; // the costs of the table are at 8 K tokens
 const COLUMNS = [
   ["model", (m) => m.name], ["kind", (m) => m.kind], ["date", (m) => dated(m.date)],
   ["position", (m) => m.fields.position], ["norm", (m) => m.fields.norm], ["mixer", (m) => m.fields.mixer],
-  ["feed-forward", (m) => m.fields.ffn], ["parameters", (m) => m.costs.parameters, true], ["active", (m) => m.costs.active, true],
-  ["FLOPs / token at 8 K", (m) => m.costs.flops[k8], true], ["cache at 8 K, B", (m) => m.costs.cache[k8], true],
+  ["feed-forward", (m) => m.fields.ffn], ["parameters", (m) => m.costs.parameters, size], ["active", (m) => m.costs.active, size],
+  ["FLOPs / token at 8 K", (m) => at(m.costs.flops, k8), units], ["cache at 8 K, B", (m) => m.costs.cache[k8], units],
 ];
 const FILTERS = { family: (m) => m.family, kind: (m) => m.kind, year: (m) => text(m.date[0]), position: (m) => m.fields.position,
   norm: (m) => m.fields.norm, mixer: (m) => m.fields.mixer, "feed-forward": (m) => m.fields.ffn };
@@ -114,7 +115,7 @@ function order(a, b) {
 }
 
 function sortBy(i) {
-  sorted = { column: i, down: sorted.column === i ? !sorted.down : COLUMNS[i][2] === true };
+  sorted = { column: i, down: sorted.column === i ? !sorted.down : Boolean(COLUMNS[i][2]) };
   makeTable();
   $("table").tHead.rows[0].cells[i].firstChild.focus();
 }
@@ -122,7 +123,7 @@ function sortBy(i) {
 function tableRow(m) {
   const cells = COLUMNS.slice(1).map(([, get, number]) => {
     const value = get(m);
-    return element("td", number ? { class: "number" } : {}, number ? (value === null ? "–" : units(value)) : value);
+    return element("td", number ? { class: "number" } : {}, number ? (value === null ? "–" : number(value)) : value);
   });
   return element("tr", {}, element("th", { scope: "row" }, link(m.name)), ...cells);
 }
@@ -309,8 +310,8 @@ function showDifferences() {
   $("differences-title").textContent = reference === shown ? "What it is" : `What differs from ${reference.name}`;
   const pairs = ["position", "norm", "mixer", "ffn"].map((name) => [name === "ffn" ? "feed-forward" : name, shown.fields[name], reference.fields[name]]);
   pairs.push(["wiring", wiring(shown), wiring(reference)]);
-  pairs.push(["parameters", units(shown.costs.parameters), units(reference.costs.parameters)]);
-  pairs.push(["active", units(shown.costs.active), units(reference.costs.active)]);
+  pairs.push(["parameters", size(shown.costs.parameters), size(reference.costs.parameters)]);
+  pairs.push(["active", size(shown.costs.active), size(reference.costs.active)]);
   if (reference === shown) { $("differences").replaceChildren(rows(pairs.map(([name, value]) => [name, value]))); return; }
   $("differences").replaceChildren(titled(rows(pairs, (name, [a, b]) => a !== b), shown.name, reference.name), partList(reference));
 }
@@ -337,7 +338,7 @@ function partList(reference) {
   say(reference, theirs, ["new"], `only in ${reference.name}`);
   const lines = [...new Set([...list.children].map((item) => item.textContent))];
   list.replaceChildren(...lines.map((line) => element("li", {}, line)));
-  return lines.length ? element("details", {}, element("summary", {}, `${lines.length} boxes in words`), list) : list;
+  return lines.length ? element("details", lines.length < 16 ? { open: "" } : {}, element("summary", {}, `In words: ${lines.length}`), list) : list;
 }
 
 function showCosts() {
@@ -348,7 +349,7 @@ function showCosts() {
   const cell = (get) => models.map((m) => { const value = get(m.costs); return value === null ? "no such position" : value; });
   const told = (value, end) => (value === null ? null : units(value) + end);
   const pairs = [
-    ["parameters", ...cell((c) => units(c.parameters))], ["active in a token", ...cell((c) => units(c.active))],
+    ["parameters", ...cell((c) => size(c.parameters))], ["active in a token", ...cell((c) => size(c.active))],
     ["forward pass, a token", ...cell((c) => told(at(c.flops, k), "FLOPs"))],
     ["whole cache, bf16", ...cell((c) => told(at(c.cache, k), "B"))],
     ["cache, a token", ...cell((c) => told(c.cache[k] === null ? null : c.cache[k] / context, "B"))],

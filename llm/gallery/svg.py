@@ -97,5 +97,9 @@ def stylesheet(theme: str) -> str:
     colours = dict(re.findall(r"--([\w-]+): ([^;]+);", blocks[theme]))
     rules = text.split("/* shapes */")[1]
     rules = re.sub(r"var\(--([\w-]+)\)", lambda match: colours[match[1]], rules)
-    sizes = "".join(f".picture .{style} {{ font-size: {size}px }}" for style, size in SIZES.items())
-    return " ".join((rules + sizes).split())
+    return " ".join((rules + font_sizes()).split())
+
+
+def font_sizes() -> str:
+    """The sizes that the layout has measured with."""
+    return "".join(f".picture .{style} {{ font-size: {size}px }}\n" for style, size in SIZES.items())
