@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from llm.gallery.diagram import Block, Diagram, Node, Part, Stack
-from llm.gallery.scene import Box, Line, Scene, Text, text_width, wrap
+from llm.gallery.scene import Box, Line, Scene, Text, shorten, text_width, wrap
 
 BOX, MARGIN, PADDING, GAP, LANE = 300, 16, 14, 25, 16
 BAR, PLUS, PILL = 28, 24, 84
@@ -131,7 +131,7 @@ class Column:
         """An open frame with a bar for its title; the stream enters the bar."""
         right = self.left + self.columns + (PADDING if x > MARGIN or not self.deep else 2 * PADDING)
         frame = Box(x, self.y, right - x, 0, style, label=title)
-        line = wrap(title.split(), "title", frame.width - 2 * PADDING)[0]
+        line = shorten(title, "title", frame.width - 2 * PADDING)
         frame.texts.append(Text(x + PADDING, self.y + 19, line, "title"))
         self.scene.boxes.append(frame)
         self.scene.lines.append(Line(((self.centre, self.tip), (self.centre, frame.y))))
@@ -146,9 +146,10 @@ class Column:
     def block(self, times: int, block: Block) -> None:
         others = [other for _, other in self.diagram.blocks() if other != block]
         title = f"{times} × {' · '.join([block.title, *distinction(block, others)])}"
+        short = f"{times} × {(distinction(block, others) or [block.title])[0]}"
         x = MARGIN + (PADDING if self.deep else 0)
         if block in self.drawn:
-            frame = self.frame(f"{title}, as above", "block", x)
+            frame = self.frame(f"{short}, as above", "block", x)
             frame.height = BAR
             self.tip, self.y = frame.bottom, frame.bottom + GAP
             return

@@ -24,13 +24,20 @@ class Outside(fx.Tracer):
         return True
 
 
+TRACED: dict[tuple, tuple[Node, ...] | None] = {}
+"""Blocks of one class with the same children and switches are wired alike: each kind is traced once."""
+
+
 def trace(block: nn.Module) -> tuple[Node, ...] | None:
     """The steps from `x` to what the block returns; None where the forward pass depends on values and cannot be traced."""
-    try:
-        graph = Outside().trace(block, concrete_args={"cache": None})
-    except Exception:
-        return None
-    return follow(graph)
+    switches = {name: value for name, value in vars(block).items() if isinstance(value, bool | int | str)}
+    key = (type(block), tuple((name, type(child)) for name, child in block.named_children()), tuple(switches.items()))
+    if key not in TRACED:
+        try:
+            TRACED[key] = follow(Outside().trace(block, concrete_args={"cache": None}))
+        except Exception:  # torch.fx raises many kinds
+            TRACED[key] = None
+    return TRACED[key]
 
 
 def follow(graph: fx.Graph) -> tuple[Node, ...]:
