@@ -1,6 +1,7 @@
-"""Chromium without a window, driven through its DevTools protocol over a pipe: JSON texts, each ended by a zero byte."""
+"""Chromium without a window, driven by its DevTools protocol over a pipe: JSON texts, each ended by a zero byte."""
 
 import base64
+import fcntl
 import json
 import os
 import subprocess
@@ -10,17 +11,28 @@ import time
 from llm.gallery.png import FLAGS, find_browser
 
 
+def high_pipe() -> list[int]:
+    """A pipe whose ends are not among the numbers that the browser's own ends need."""
+    low = os.pipe()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in low]
+    for end in low:
+        os.close(end)
+    return high
+
+
 class Browser:
     """One tab. `errors` collects what the console reports as an error, and exceptions that no one caught."""
 
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        theirs_in, self.out = os.pipe()
-        self.inp, theirs_out = os.pipe()
+        (theirs_in, self.out), (self.inp, theirs_out) = high_pipe(), high_pipe()
         flags = [*FLAGS, f"--user-data-dir={self.folder.name}", "--remote-debugging-pipe", "about:blank"]
-        command = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', find_browser(), *flags]
         self.process = subprocess.Popen(
-            command, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [find_browser(), *flags],
+            preexec_fn=lambda: (os.dup2(theirs_in, 3), os.dup2(theirs_out, 4)),  # where Chromium looks for its pipe
+            pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(theirs_in)
         os.close(theirs_out)
@@ -83,9 +95,7 @@ class Browser:
         self.wait("document.documentElement?.dataset.ready === 'yes'")
 
     def size(self, width: int, height: int, phone: bool = False) -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
 
     def key(self, key: str, **more) -> None:
         codes = {"Tab": 9, "Enter": 13, " ": 32, "ArrowRight": 39, "End": 35}

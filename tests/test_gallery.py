@@ -1,4 +1,4 @@
-"""The gallery: what describe says of unlike models, pictures without overlaps, and a page that tells what the code is."""
+"""The gallery: what describe says of unlike models, pictures without overlaps, and a page that tells the truth."""
 
 import json
 import re
@@ -12,10 +12,10 @@ from torch import nn
 
 from llm.analysis import accounting
 from llm.gallery import catalog, facts, page
+from llm.gallery import describe as describe_module
 from llm.gallery.__main__ import main
 from llm.gallery.catalog import entries, picture
 from llm.gallery.compare import marks
-from llm.gallery import describe as describe_module
 from llm.gallery.describe import describe, unknown_parts
 from llm.gallery.diagram import equation
 from llm.gallery.docstrings import about, date_of
@@ -143,7 +143,8 @@ tok_embed: Token embedding (vocab_size 10,000, d_model 512, times sqrt(d_model))
 2 x
   1 x Sandwich norm: x = x + mixer_output_norm(mixer(mixer_norm(x))); x = x + ffn_output_norm(ffn(ffn_norm(x)))
     mixer_norm: Zero centred RMSNorm
-    mixer: Grouped-query attention (Soft capped attention, n_heads 16, n_kv_heads 4, head_dim 32, scale 0.1768, soft_cap 50)
+    mixer: Grouped-query attention (Soft capped attention, n_heads 16, n_kv_heads 4, head_dim 32, scale 0.1768, \
+soft_cap 50)
       rope: RoPE (theta 10,000, rotary_dim 32)
       mask: Window mask (size 256)
     mixer_output_norm: Zero centred RMSNorm
@@ -152,7 +153,8 @@ tok_embed: Token embedding (vocab_size 10,000, d_model 512, times sqrt(d_model))
     ffn_output_norm: Zero centred RMSNorm
   1 x Sandwich norm: x = x + mixer_output_norm(mixer(mixer_norm(x))); x = x + ffn_output_norm(ffn(ffn_norm(x)))
     mixer_norm: Zero centred RMSNorm
-    mixer: Grouped-query attention (Soft capped attention, n_heads 16, n_kv_heads 4, head_dim 32, scale 0.1768, soft_cap 50)
+    mixer: Grouped-query attention (Soft capped attention, n_heads 16, n_kv_heads 4, head_dim 32, scale 0.1768, \
+soft_cap 50)
       rope: RoPE (theta 10,000, rotary_dim 32)
       mask: Causal mask
     mixer_output_norm: Zero centred RMSNorm
@@ -284,7 +286,7 @@ def check_places(diagram):
         assert all(inside(text.bounds, frame.bounds) for text in frame.texts) and not cut(frame.texts), frame
         bar = (frame.x, frame.y, frame.x + frame.width, frame.y + 28)
         for box in [*solid, *(other for other in frames if other is not frame)]:
-            assert not overlaps(bar, box.bounds) or box in frames and inside(frame.bounds, box.bounds), (frame, box)
+            assert not overlaps(bar, box.bounds) or (box in frames and inside(frame.bounds, box.bounds)), (frame, box)
             assert not overlaps(frame.bounds, box.bounds) or inside(box.bounds, frame.bounds) or box in frames
     for line in scene.lines:
         for (x0, y0), (x1, y1) in zip(line.points, line.points[1:], strict=False):
@@ -324,7 +326,9 @@ def test_every_part_is_drawn_once_and_can_be_chosen(diagrams):
 def test_differences_are_marked_by_what_and_by_size(diagrams):
     def marked(name, other):
         parts = diagrams[name].parts()
-        return {parts[k].slot if isinstance(k, int) else k: v for k, v in marks(diagrams[name], diagrams[other]).items()}
+        return {
+            parts[k].slot if isinstance(k, int) else k: v for k, v in marks(diagrams[name], diagrams[other]).items()
+        }
 
     assert marked("baseline", "baseline") == {}
     assert marked("swiglu", "baseline") == {"ffn": "changed"}
@@ -403,7 +407,9 @@ def only_training(name):
 def test_the_boxes_of_a_picture_add_up_to_the_model(name, data):
     (model,) = (model for model in data["models"] if model["name"] == name)
     tops = [part for part in model["parts"] if "." not in part["slot"]]
-    assert sum(part["parameters"] * max(part["layers"], 1) for part in tops) == model["costs"]["parameters"] - only_training(name)
+    assert sum(part["parameters"] * max(part["layers"], 1) for part in tops) == model["costs"][
+        "parameters"
+    ] - only_training(name)
     flops = sum((part["flops"] or [0])[0] * max(part["layers"], 1) for part in tops)
     assert flops == pytest.approx(model["costs"]["flops"][0], rel=1e-6)
 
@@ -422,7 +428,9 @@ def test_rope_speeds_show_the_scaling(data):
     (model,) = (model for model in data["models"] if model["name"] == "llama3.1-8b")
     (rope,) = model["sights"]["ropes"]
     assert len(rope["plain"]) == 64
-    assert rope["scaled"][0] == rope["plain"][0] and rope["scaled"][-1] == pytest.approx(8 * rope["plain"][-1], rel=0.01)
+    assert rope["scaled"][0] == rope["plain"][0] and rope["scaled"][-1] == pytest.approx(
+        8 * rope["plain"][-1], rel=0.01
+    )
 
 
 # --- the page and the commands

@@ -1,9 +1,9 @@
 """Pictures of architectures, drawn from the code.
 
-    python -m llm.gallery                                              # writes docs/gallery/index.html
-    python -m llm.gallery qwen3 --vs llama --out qwen3.svg             # one picture, coloured where it differs
-    python -m llm.gallery qwen3 --size qwen3-8b --out qwen3.png        # at a published size
-    python -m llm.gallery qwen3                                        # in words
+python -m llm.gallery                                              # writes docs/gallery/index.html
+python -m llm.gallery qwen3 --vs llama --out qwen3.svg             # one picture, coloured where it differs
+python -m llm.gallery qwen3 --size qwen3-8b --out qwen3.png        # at a published size
+python -m llm.gallery qwen3                                        # in words
 """
 
 import difflib

@@ -67,7 +67,7 @@ def documentation(Model: type[Transformer]) -> str:
 
 def idea(Model: type[Transformer]) -> str:
     """The first sentence of the file, and that of the class where one file has several models."""
-    return " ".join([first_sentence(documentation(Model)), first_sentence(own_doc(Model))]).strip()
+    return " ".join([first_sentence(documentation(Model)), first_sentence(own_doc(Model))]).strip().replace("`", "")
 
 
 def date(entry: Entry) -> tuple[int, int]:

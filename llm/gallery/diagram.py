@@ -99,7 +99,9 @@ class Diagram:
 
     def blocks(self) -> list[tuple[int, Block]]:
         """Each kind of block, drawn where it occurs first, and how often the model has it."""
-        found: list[tuple[int, Block]] = [(stack.repeat * n, block) for stack in self.stacks for n, block in stack.blocks]
+        found: list[tuple[int, Block]] = [
+            (stack.repeat * n, block) for stack in self.stacks for n, block in stack.blocks
+        ]
         kinds = list(dict.fromkeys(block for _, block in found))
         return [(sum(n for n, block in found if block == kind), kind) for kind in kinds]
 
@@ -119,7 +121,11 @@ class Diagram:
                 lines.append("  " * deeper + f"{times} x {block.title}: {equation(block)}")
                 lines += [line for part in block.ordered() for line in outlined(part, deeper + 1)]
         lines += [line for part in self.after for line in outlined(part, 0)]
-        lines += [f"{line}{'' if line[0] == ' ' else ' (training only)'}" for p in self.training_only for line in outlined(p, 0)]
+        lines += [
+            f"{line}{'' if line[0] == ' ' else ' (training only)'}"
+            for p in self.training_only
+            for line in outlined(p, 0)
+        ]
         return "\n".join(lines)
 
 
@@ -130,13 +136,17 @@ def outlined(part: Part, depth: int) -> list[str]:
 
 
 def equation(block: Block) -> str:
-    """The wiring as assignments: `x = x + mixer(norm(x)); x = x + ffn(norm(x))`. What is read twice gets a name: x, or h
-    where x is still needed."""
+    """The wiring as assignments: `x = x + mixer(norm(x)); x = x + ffn(norm(x))`.
+
+    A value that is read twice gets a name: x, or h where x is still needed.
+    """
     reads = [[j for j, node in enumerate(block.nodes) if i in node.inputs] for i in range(len(block.nodes))]
     texts, statements, stream = [], [], 0
     for i, node in enumerate(block.nodes):
         inputs = [texts[j] for j in node.inputs]
-        text = " + ".join(inputs) if node.label == "+" else f"{node.label}({', '.join(inputs)})" if inputs else node.label
+        text = (
+            " + ".join(inputs) if node.label == "+" else f"{node.label}({', '.join(inputs)})" if inputs else node.label
+        )
         is_last = i == len(block.nodes) - 1
         if inputs and (len(reads[i]) > 1 or is_last):
             name = "x" if is_last or max(reads[stream]) <= i else "h"

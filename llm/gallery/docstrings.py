@@ -4,6 +4,7 @@ The first sentence is the idea, lines indented by four spaces are the equation, 
 `Blog: ..` the section of the blog.
 """
 
+import calendar
 import inspect
 import operator
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ARXIV = re.compile(r"(?:arXiv|\(|, )\s*(\d{4}\.\d{5})\b")
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = list(calendar.month_name)[1:]
 DATE = re.compile(rf"(?:({'|'.join(MONTHS)}) )?\b((?:19|20)\d\d)\b(?!\.\d)")
 
 

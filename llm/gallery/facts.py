@@ -57,8 +57,10 @@ def part_flops(model: Transformer, part: Part) -> list[float] | None:
 
 
 def mask_picture(mask: Mask, longest: int) -> dict[str, Any]:
-    """The mask over a text that is long enough to show its shape: CELLS rows of CELLS digits, 0 hidden to 9 visible, and
-    the length of the text. Where a cell stands for many pairs of tokens, its digit is the share of visible ones."""
+    """The mask over a text that is long enough to show its shape: CELLS rows of digits, 0 hidden to 9 visible.
+
+    `length` is that of the text. Where a cell stands for many pairs of tokens, its digit is the share of visible ones.
+    """
     length = max(CELLS, min(longest, 2 * mask.reach if mask.reach < math.inf else longest))
     step = max(1, round(length / CELLS))
     inside = min(step, 8)  # positions looked at in each cell, by row and column
@@ -81,7 +83,9 @@ def rope_wavelengths(rope: RoPE, context: int) -> dict[str, Any]:
     """Tokens in which each pair of channels makes a full turn, without and with the scaling."""
     plain = inverse_frequencies(rope.rotary_dim, rope.theta)
     scaled = rope.scaling(rope.rotary_dim, rope.theta, torch.arange(context))[0] if rope.scaling else None
-    turns = [None if f is None else [float(f"{2 * math.pi / value:.3g}") for value in f.tolist()] for f in (plain, scaled)]
+    turns = [
+        None if f is None else [float(f"{2 * math.pi / value:.3g}") for value in f.tolist()] for f in (plain, scaled)
+    ]
     return {"plain": turns[0], "scaled": turns[1], "context": context}
 
 

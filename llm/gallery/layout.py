@@ -186,7 +186,9 @@ class Column:
             return self.box(part, x, y, BOX)
         style, width = ("plus", PLUS) if label == "+" else ("pill", PILL)
         box = Box(x, y, width, PLUS, style, label="addition" if label == "+" else label)
-        box.texts += [] if label == "+" else [Text(x + width / 2, y + 16, wrap([label], "fact", width - 6)[0], "fact", True)]
+        box.texts += (
+            [] if label == "+" else [Text(x + width / 2, y + 16, wrap([label], "fact", width - 6)[0], "fact", True)]
+        )
         return box
 
     def edge(self, graph: "Graph", u: int, v: int, places: dict[int, Box]) -> None:

@@ -70,7 +70,10 @@ class Scene:
 
 def text_width(text: str, style: str) -> float:
     """How wide a line is at most: the advances of DejaVu Sans, which is wider than the fonts of most systems."""
-    widths = sum(NARROW if c in "iljI.,:;|!'()[]ft r·" else WIDE if c in "mwMW@%×√→≠" else CAPITAL if c.isupper() else 0.62 for c in text)
+    widths = sum(
+        NARROW if c in "iljI.,:;|!'()[]ft r·" else WIDE if c in "mwMW@%×√→≠" else CAPITAL if c.isupper() else 0.62
+        for c in text
+    )
     return widths * SIZES[style] * (1.1 if style in BOLD else 1.0)
 
 

@@ -17,11 +17,15 @@ STYLE = Path(__file__).with_name("picture.css")
 
 
 def draw(diagram: Diagram, marks: Mapping[int | str, str] | None = None, theme: str | None = None) -> str:
-    """The picture of a model. `marks`: the number of a part -> `changed`, `new` or `resized`, its colour. With a `theme`,
-    light or dark, the picture stands alone; without, it takes its colours from the page around it."""
+    """The picture of a model. `marks`: the number of a part -> `changed`, `new` or `resized`, its colour.
+
+    With a `theme`, light or dark, the picture stands alone; without, it takes its colours from the page around it.
+    """
     scene = layout(diagram)
     marks = marks or {}
-    size = f'viewBox="0 0 {num(scene.width)} {num(scene.height)}" width="{num(scene.width)}" height="{num(scene.height)}"'
+    size = (
+        f'viewBox="0 0 {num(scene.width)} {num(scene.height)}" width="{num(scene.width)}" height="{num(scene.height)}"'
+    )
     label = escape(f"Architecture of {diagram.name}", quote=True)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" class="picture" role="group" aria-label="{label}" {size}>']
     if theme:
@@ -76,7 +80,7 @@ def line_shape(line: Line) -> str:
     path = f'<path class="line" d="M{points}"/>'
     if not line.arrow:
         return path
-    (x0, y0), (x, y) = line.points[-2:]
+    (x0, _), (x, y) = line.points[-2:]
     tip = f"M{num(x)} {num(y)}l-4 -7h8z" if x == x0 else f"M{num(x)} {num(y)}l-7 -4v8z"
     return f'{path}<path class="tip" d="{tip}"/>'
 

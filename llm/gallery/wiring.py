@@ -29,7 +29,7 @@ TRACED: dict[tuple, tuple[Node, ...] | None] = {}
 
 
 def trace(block: nn.Module) -> tuple[Node, ...] | None:
-    """The steps from `x` to what the block returns; None where the forward pass depends on values and cannot be traced."""
+    """The steps from `x` to what the block returns; None where the forward pass depends on values."""
     switches = {name: value for name, value in vars(block).items() if isinstance(value, bool | int | str)}
     key = (type(block), tuple((name, type(child)) for name, child in block.named_children()), tuple(switches.items()))
     if key not in TRACED:
