@@ -396,7 +396,7 @@ function showSights() {
   for (const mask of masks) {
     const figure = element("figure");
     figure.innerHTML = maskPicture(mask);
-    figure.append(element("figcaption", {}, `${mask.name}, the first ${count(mask.length)} tokens`));
+    figure.append(element("figcaption", {}, `${mask.name.replace("()", "")}, the first ${count(mask.length)} tokens`));
     box.append(figure);
   }
   for (const rope of ropes) box.append(curves([rope.plain, rope.scaled], `RoPE: tokens for a full turn of each pair, theta ${count(rope.theta)}${rope.scaled ? "; dashed: with its scaling" : ""}`, true));
