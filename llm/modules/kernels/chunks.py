@@ -21,8 +21,6 @@ from torch.nn import functional as F
 from llm.modules.kernels.precision import product_dtype
 
 CHUNK = 64
-DIRECT = 8
-"""Below this many tokens, products with a decay per channel are written out."""
 
 
 def chunked_linear_attention(
@@ -100,16 +98,15 @@ def decayed_products(q: Tensor, k: Tensor, total: Tensor, dtype: torch.dtype) ->
 
     One decay for all channels factors out of the sum. Decays per channel could be split into exp(total_t) and
     exp(-total_j), but the second overflows. So the chunk is halved: seen from the boundary, the late half has decayed
-    since and the early half will have decayed until then, and both exponents are <= 0. Each half is halved again.
+    since and the early half will have decayed until then, and both exponents are <= 0. Each half is halved again,
+    down to single tokens.
     """
     size = q.shape[-2]
     if total.shape[-1] == 1:
         later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
         return q.to(dtype) @ k.to(dtype).mT * (total - total.mT).masked_fill(later, -torch.inf).exp().to(dtype)
-    if size <= DIRECT:
-        later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-        gap = (total[..., :, None, :] - total[..., None, :, :]).masked_fill(later[..., None], -torch.inf).exp()
-        return torch.einsum("...tc,...jc,...tjc->...tj", q, k, gap).to(dtype)
+    if size == 1:
+        return (q * k).sum(-1, keepdim=True).to(dtype)
     q, k, total = (x.unflatten(-2, (2, -1)) for x in (q, k, total))  # (.., 2, C / 2, K)
     (q_late, k_early), (early, late) = (q[..., 1, :, :], k[..., 0, :, :]), total.unbind(-3)
     boundary = early[..., -1:, :]
