@@ -1,7 +1,6 @@
 """Chromium without a window, driven by its DevTools protocol over a pipe: JSON texts, each ended by a zero byte."""
 
 import base64
-import fcntl
 import json
 import os
 import subprocess
@@ -13,6 +12,8 @@ from llm.gallery.png import FLAGS, find_browser
 
 def high_pipe() -> list[int]:
     """A pipe whose ends are not among the numbers that the browser's own ends need."""
+    import fcntl  # not on Windows, where there is no pipe of this kind
+
     low = os.pipe()
     high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in low]
     for end in low:
