@@ -8,7 +8,7 @@ from training import evaluations, losses, same_weights, train_baseline, write_co
 from llm.config import TrainConfig
 from llm.models import MODELS
 from llm.training.checkpoint import find_checkpoints
-from llm.training.optim import make_optimizer
+from llm.training.optim import fit_groups, make_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,23 @@ def test_the_state_of_another_optimiser_is_refused(data, tmp_path, capsys, saved
         with pytest.raises(SystemExit):
             train_baseline(data, tmp_path / "other", "--optimizer", given, "--steps", 5, *flags)
         assert "optimizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "relative_position", "baseline"])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_state_saved_when_axes_alone_decided_on_decay_fits_the_groups_of_today(name, kind):
+    model = tiny_model(name).float().train()
+    optimizer = make_optimizer(model, TrainConfig(optimizer=kind))
+    adamw = optimizer if kind == "adamw" else optimizer.parts["adamw"]
+    held = [p for group in adamw.param_groups for p in group["params"]]
+    mine = [p for p in model.parameters() if any(p is other for other in held)]
+    groups = [{"params": [p for p in mine if p.dim() >= 2]}, {"params": [p for p in mine if p.dim() < 2]}]
+    earlier = torch.optim.AdamW(groups, fused=True)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    earlier.step()
+    saved = earlier.state_dict() if kind == "adamw" else optimizer.state_dict() | {"adamw": earlier.state_dict()}
+    optimizer.load_state_dict(fit_groups(saved, model, optimizer))
+    for p in mine:
+        assert torch.equal(adamw.state[p]["exp_avg"], earlier.state[p]["exp_avg"])
+    assert fit_groups(optimizer.state_dict(), model, optimizer) == optimizer.state_dict()

@@ -49,6 +49,28 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     return decaying, others
 
 
+def fit_groups(saved: dict, model: nn.Module, optimizer: "torch.optim.Optimizer | MuonAndAdamW") -> dict:
+    """A saved optimiser state in the groups of `optimizer`. Before modules had `no_weight_decay`, the first group held
+    every parameter with two axes or more; such a state is put into the groups of today, any other is returned as it is.
+    """
+    if isinstance(optimizer, MuonAndAdamW):
+        return saved | {"adamw": fit_groups(saved["adamw"], model, optimizer.parts["adamw"])}
+    groups = [group["params"] for group in optimizer.param_groups]
+    today = {id(p): i for i, p in enumerate(p for group in groups for p in group)}
+    parameters = [p for p in model.parameters() if id(p) in today]
+    before = [[p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]]
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != [len(group) for group in before] or sizes == [len(group) for group in groups]:
+        return saved
+    earlier = [today[id(p)] for group in before for p in group]  # the number of today for each number of before
+    numbers = iter(range(len(today)))
+    regrouped = [
+        theirs | {"params": [next(numbers) for _ in group]}
+        for theirs, group in zip(saved["param_groups"], groups, strict=True)
+    ]
+    return {"state": {earlier[i]: state for i, state in saved["state"].items()}, "param_groups": regrouped}
+
+
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The weights of the linear layers inside the blocks. Embeddings and the head, whose rows are tokens, are left out,
     and so are stacked experts, which have three axes."""

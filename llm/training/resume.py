@@ -21,6 +21,7 @@ from llm.training.checkpoint import (
     verify_checkpoint,
 )
 from llm.training.distributed import Ranks
+from llm.training.optim import fit_groups
 from llm.training.run_directory import existing_config, take_lock
 
 # The settings that determine the weights after each step and the loss on the eval split. Others, such as device, paths
@@ -109,7 +110,7 @@ def restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimiz
     load_model_weights(checkpoint, model)
     saved = load_training_state(checkpoint)
     settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(saved["optimizer_state"])
+    optimizer.load_state_dict(fit_groups(saved["optimizer_state"], model, optimizer))
     for group, given in zip(optimizer.param_groups, settings, strict=True):
         group.update(given)
     return Progress(saved["step"], saved["state"]["best_eval_loss"])
