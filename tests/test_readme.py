@@ -188,10 +188,9 @@ def test_what_a_page_imports_exists(code):
             assert not [name.name for name in node.names if not hasattr(module, name.name)]
 
 
-def test_the_model_that_readme_adds_is_the_baseline_with_another_activation():
-    names = {}
-    exec(*blocks(README, "python"), names)
-    Model, Baseline = names["SquaredReLU"], MODELS["baseline"]
+def test_the_model_that_readme_adds_is_the_baseline_with_another_activation(tmp_path):
+    (tmp_path / "squared_relu.py").write_text(*blocks(README, "python"), encoding="utf-8")
+    Model, Baseline = load(tmp_path / "squared_relu.py").SquaredReLU, MODELS["baseline"]
     config = Model.Config(**{**Model.Config.small, "vocab_size": 97, "n_layers": 2})
     model, baseline = Model(config), Baseline(config)
     baseline.load_state_dict(model.state_dict())
