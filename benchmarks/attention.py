@@ -1,7 +1,7 @@
 """What each kind of attention costs beside full attention: `python benchmarks/attention.py`.
 
 Attention alone, forward and backward, on one text of `length` tokens with 4 heads of 32. All ways take turns in one
-process, and a ratio is that to the fused causal kernel in the same turn; the medians are printed. `shown` is the share of
+process. A ratio is that to the fused causal kernel in the same turn; the medians are printed. `shown` is the share of
 the causal mask's scores that a mask shows.
 """
 
@@ -82,7 +82,14 @@ def main(arguments: list[str] | None = None) -> None:
     for name, options in ways.items():
         ratios = [one / full for one, full in zip(seconds[name], seconds["full attention"], strict=True)]
         shown = masks.mean_keys(options["mask"], n) / (n / 2) if "mask" in options else 1
-        rows.append((name, f"{statistics.median(seconds[name]) * 1000:,.0f}", f"{statistics.median(ratios):.3f}", f"{shown:.3f}"))
+        rows.append(
+            (
+                name,
+                f"{statistics.median(seconds[name]) * 1000:,.0f}",
+                f"{statistics.median(ratios):.3f}",
+                f"{shown:.3f}",
+            )
+        )
     print(f"\n{machine_line(device)}; T = {n:,}, {flags.dtype}\n")
     print(markdown(("attention", "ms", "over full attention", "shown"), rows))
 

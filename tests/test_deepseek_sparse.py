@@ -25,7 +25,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 WIDTHS = dict(kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, q_lora_rank=10)
 
 
-@pytest.mark.parametrize("config", [{}, {"index_topk": 64}, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}])
+@pytest.mark.parametrize(
+    "config", [{}, {"index_topk": 64}, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}]
+)
 def test_logits_generation_export_and_gradients_are_those_of_transformers(tmp_path, config):
     theirs, ours = twins(tmp_path, "DeepseekV32ForCausalLM", **{**SHAPE, **config})
     assert_same_logits(theirs, ours)
@@ -77,7 +79,9 @@ def by_loops(layer, x, top_k):
             chosen = sorted(range(t + 1), key=lambda s: -score[s])[:top_k]
             p = torch.zeros(len(chosen), dtype=x.dtype)
             for h in range(3):
-                logits = torch.stack([q_nope[b, t, h] @ k_nope[b, s, h] + q_rope[b, t, h] @ k_rope[b, s] for s in chosen])
+                logits = torch.stack(
+                    [q_nope[b, t, h] @ k_nope[b, s, h] + q_rope[b, t, h] @ k_rope[b, s] for s in chosen]
+                )
                 weights = (logits / math.sqrt(10)).softmax(0)
                 heads[b, t, h] = weights @ v[b, chosen, h]
                 p += weights / 3
@@ -112,7 +116,9 @@ def test_a_cache_in_any_parts_with_or_without_padding_equals_recomputing(padding
     layer, x = sparse_layer(7)
     ours = step_by_step(layer, x, parts, padding=torch.tensor([0, padding]))
     torch.testing.assert_close(ours[0], layer(x[:1], POSITIONS)[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(ours[1, padding:], layer(x[1:, padding:], POSITIONS[: T - padding])[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours[1, padding:], layer(x[1:, padding:], POSITIONS[: T - padding])[0], rtol=0, atol=1e-6
+    )
 
 
 def test_the_indexer_learns_from_its_loss_only_and_the_model_from_the_rest_only():

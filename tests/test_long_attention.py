@@ -1,4 +1,4 @@
-"""Long texts: blocks of queries whose keys are gathered, scores that are computed twice, biases that are channels. All of
+"""Long texts: blocks of queries whose keys are gathered, scores computed twice, biases that are channels. All of
 them equal the equation, in values and gradients, at lengths that no block divides."""
 
 import pytest
@@ -118,7 +118,9 @@ def test_a_learned_bias_is_computed_by_blocks_and_gets_its_gradient(mask, make, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("what", ["plain", "alibi", "t5", "distances", "cap", "sinks"])
-@pytest.mark.parametrize("mask", [masks.causal, masks.Window(70), LONG["wide big bird"][0]], ids=["causal", "window", "bird"])
+@pytest.mark.parametrize(
+    "mask", [masks.causal, masks.Window(70), LONG["wide big bird"][0]], ids=["causal", "window", "bird"]
+)
 def test_rounding_is_that_of_the_dtype(mask, what, dtype):
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in text())
     distances = distance_scores()
@@ -175,7 +177,7 @@ def test_every_nth_token_is_a_text_of_its_own(mask, length):
 
 
 def test_a_long_text_keeps_nothing_that_grows_with_its_square():
-    """Of the shapes that autograd keeps, none has a length beside a length; those of a window beside 127 + its width."""
+    """Of the shapes that autograd keeps, none has a length beside a length; those of a window have 127 + its width."""
     length = 1500
     for options, widest in [
         ({"mask": masks.Window(70)}, 70 + 127),
@@ -187,7 +189,7 @@ def test_a_long_text_keeps_nothing_that_grows_with_its_square():
     ]:
         q, k, v = text(torch.float32, length=length)
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
             attend(q, k, v, whole(length), **options).sum().backward()
         assert max(kept) <= 2 * 4 * (length + 1) * widest
 

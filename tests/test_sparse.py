@@ -43,7 +43,9 @@ def block_mixture_by_loops(layer, x):
                 affinity = {j: q[b, i, h] @ k[b, j * size : (j + 1) * size, g].mean(0) for j in range(own)}
                 best = sorted(affinity, key=affinity.get, reverse=True)[: layer.top_k - 1]
                 seen = [t for j in [*best, own] for t in range(j * size, min((j + 1) * size, i + 1))]
-                heads[b, i, h] = softmax_mean(q[b, i, h], k[b, seen, g].unbind(), v[b, seen, g].unbind(), q.shape[-1] ** -0.5)
+                heads[b, i, h] = softmax_mean(
+                    q[b, i, h], k[b, seen, g].unbind(), v[b, seen, g].unbind(), q.shape[-1] ** -0.5
+                )
     return layer.output(heads.transpose(1, 2), x)
 
 
@@ -72,7 +74,9 @@ def test_a_cache_in_any_parts_with_or_without_padding_equals_recomputing(make, p
         layer, x = mixer(NativeSparseAttention, **NATIVE, rope=rope)
     ours = step_by_step(layer, x, parts, padding=torch.tensor([0, padding]))
     torch.testing.assert_close(ours[0], layer(x[:1], POSITIONS)[0], rtol=0, atol=1e-10)
-    torch.testing.assert_close(ours[1, padding:], layer(x[1:, padding:], POSITIONS[: T - padding])[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        ours[1, padding:], layer(x[1:, padding:], POSITIONS[: T - padding])[0], rtol=0, atol=1e-10
+    )
 
 
 @torch.no_grad()
@@ -86,13 +90,18 @@ def native_by_loops(layer, x):
     heads = torch.zeros_like(q)
 
     def compress(module, tokens):
-        return module.proj.weight @ torch.cat([token + place for token, place in zip(tokens, module.place, strict=True)])
+        return module.proj.weight @ torch.cat(
+            [token + place for token, place in zip(tokens, module.place, strict=True)]
+        )
 
     for b in range(len(x)):
         for g in range(layer.n_kv_heads):
             starts = range(0, length - size + 1, stride)
             summaries = [
-                (compress(layer.compress_k, k[b, s : s + size, 0, g]), compress(layer.compress_v, v[b, s : s + size, 0, g]))
+                (
+                    compress(layer.compress_k, k[b, s : s + size, 0, g]),
+                    compress(layer.compress_v, v[b, s : s + size, 0, g]),
+                )
                 for s in starts
             ]
             for i in range(length):
@@ -202,7 +211,9 @@ def test_chosen_keys_are_looked_up_in_parts_and_computed_again_for_the_gradient(
     expected = scores.softmax(-1).nan_to_num() @ v.transpose(1, 2).repeat_interleave(2, 1)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(ours)
-    for mine, other in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, expected)), strict=True):
+    for mine, other in zip(
+        *(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, expected)), strict=True
+    ):
         torch.testing.assert_close(mine, other.nan_to_num(), rtol=0, atol=1e-12)
 
 

@@ -1,6 +1,6 @@
 """Mixture of Block Attention (MoBA): each query chooses a few blocks of earlier keys and attends to these.
 
-    a query sees its own block and the top k - 1 earlier ones by q . mean(keys)        the baseline: all that came before
+    a query sees its own block and the top k - 1 earlier ones by q . mean(keys)        the baseline: all of them
 
 MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189. Blog: Attention, learned sparse attention.
 """
@@ -33,6 +33,4 @@ class BlockMixture(Baseline):
 
     def make_mixer(self, layer: int) -> nn.Module:
         c = self.config
-        return BlockMixtureAttention(
-            d_model=c.d_model, n_heads=c.n_heads, block_size=c.block_size, top_k=c.top_k
-        )
+        return BlockMixtureAttention(d_model=c.d_model, n_heads=c.n_heads, block_size=c.block_size, top_k=c.top_k)

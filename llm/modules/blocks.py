@@ -6,9 +6,9 @@
     sandwich norm    x + norm'(f(norm(x)))       Gemma 2 and 3: a norm before f and one after it
     parallel         x + f(norm(x)) + g(norm(x))       GPT-J, PaLM: attention and feed-forward read the same input
 
-f is the mixer, then the feed-forward layer (parallel: g). All blocks have the same constructor and forward arguments, but
-`MixerBlock`, which has no feed-forward layer.
-On Layer Normalization in the Transformer Architecture, arXiv 2002.04745. Blog: Normalization, pre- and post-norm.
+f is the mixer, then the feed-forward layer (parallel: g). All blocks have the same constructor and forward arguments,
+but `MixerBlock`, which has no feed-forward layer. On Layer Normalization in the Transformer Architecture, arXiv
+2002.04745. Blog: Normalization, pre- and post-norm.
 """
 
 from collections.abc import Callable

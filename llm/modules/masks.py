@@ -38,7 +38,8 @@ class Mask:
         return math.inf
 
     def by_remainder(self) -> "tuple[int, Mask]":
-        """(n, inner): a query sees only keys at a distance that n divides, and if these alone were the text, what `inner`
+        """(n, inner): a query sees only keys at a distance that n divides, and if these alone were the text, what
+        `inner`
         shows. A kernel may then compute n short texts instead of a long one."""
         return 1, self
 

@@ -1,9 +1,9 @@
 """DeepSeek-V3.2: V3 whose attention reads only the tokens that a small indexer chooses.
 
-DeepSeek-V3.2 (December 2025, arXiv 2512.02556) adds DeepSeek Sparse Attention to V3: an indexer of few narrow heads scores
-all earlier tokens, and each layer's latent attention reads the best 2,048 of them. Training goes on from V3: first only
-the indexer learns, beside dense attention (`index_warmup`), then everything, with the choice in place. Published weights
-have no prediction module that transformers reads. Blog: Case studies, DeepSeek.
+DeepSeek-V3.2 (December 2025, arXiv 2512.02556) adds DeepSeek Sparse Attention to V3: an indexer of few narrow heads
+scores all earlier tokens, and each layer's latent attention reads the best 2,048 of them. Training goes on from V3:
+first only the indexer learns, beside dense attention (`index_warmup`), then everything, with the choice in place.
+Published weights have no prediction module that transformers reads. Blog: Case studies, DeepSeek.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,9 @@ class DeepseekV32(DeepseekV3):
             super().__post_init__()
             check_positive(self, "index_n_heads", "index_head_dim", "index_top_k")
             if self.q_lora_rank is None:
-                raise ValueError("q_lora_rank = None: the indexer reads the latent of the queries (--model.q-lora-rank)")
+                raise ValueError(
+                    "q_lora_rank = None: the indexer reads the latent of the queries (--model.q-lora-rank)"
+                )
             if self.index_head_dim < self.qk_rope_head_dim:
                 raise ValueError(
                     f"index_head_dim = {self.index_head_dim} must be at least qk_rope_head_dim = "

@@ -2,24 +2,24 @@
 
 Each computes `explicit_attention` of llm/modules/attention/core.py. The first that fits is taken:
 
-| queries and keys      | device | dtype       | mask, and what is added         | way                                      |
-|-----------------------|--------|-------------|---------------------------------|------------------------------------------|
-| one text, T <= 512    | CPU    | bf16        | looks back; no cap              | `blocked_attention`: in blocks of queries |
-| one text              | any    | any         | causal; a sink, channels, none  | `fused_..attention`, which needs no mask  |
-| one text              | CUDA   | not float64 | any; long: no bias              | `flex_attention`, where it compiles       |
-| one text, T > 512     | any    | any         | every n-th token                | n texts side by side                      |
-| one text, T > 512     | any    | any         | shows few keys; no bias, no cap | `blocked_attention`                       |
-| one text, T > 512     | any    | any         | looks back                      | `recomputed_attention`                    |
-| with a cap            | any    | any         | any                             | `explicit_attention`: no kernel has tanh  |
-| with sinks            | any    | any         | any; several queries            | `fused_sink_attention`                    |
-| a cache, <= 64 queries| any    | any         | any                             | `few_queries_attention`: plain products   |
-| any                   | any    | any         | any                             | `fused_attention`, with the mask written  |
+| queries, keys        | device | dtype       | mask, and what is added        | way                                 |
+|----------------------|--------|-------------|--------------------------------|-------------------------------------|
+| one text, T <= 512   | CPU    | bf16        | looks back; no cap             | `blocked_attention`                 |
+| one text             | any    | any         | causal; a sink, channels, none | `fused_..attention`, without a mask |
+| one text             | CUDA   | not float64 | any; long: no bias             | `flex_attention`, where it compiles |
+| one text, T > 512    | any    | any         | every n-th token               | n texts side by side                |
+| one text, T > 512    | any    | any         | few keys; no bias, no cap      | `blocked_attention`                 |
+| one text, T > 512    | any    | any         | looks back                     | `recomputed_attention`              |
+| with a cap           | any    | any         | any                            | `explicit_attention`                |
+| with sinks           | any    | any         | any; several queries           | `fused_sink_attention`              |
+| cache, <= 64 queries | any    | any         | any                            | `few_queries_attention`             |
+| any                  | any    | any         | any                            | `fused_attention`, mask written out |
 
 No way for a long text holds T x T numbers. Compiled, a long text takes the last three ways.
 
 A bias is a function (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S), for any part of the
-positions. Where it learns something, its method `parameters` gives the tensors, as that of a module does. A bias that is
-a product of something about the query and something about the key offers them by `channels` (alibi.py).
+positions. Where it learns something, its method `parameters` gives the tensors, as that of a module does. A bias that
+is a product of something about the query and something about the key offers them by `channels` (alibi.py).
 """
 
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def attend_to_text(
     soft_cap: float | None,
     sinks: Tensor | None,
 ) -> Tensor | None:
-    """The ways that know the mask without reading positions, for a text from its first token on; None where none fits."""
+    """The ways that need no positions, for a text from its first token on; None where none fits."""
     long, plain = is_long(q, mask), bias is None and soft_cap is None
     if not long and soft_cap is None and blocks_serve(q, mask):
         return blocked_attention(q, share_heads(q, k), share_heads(q, v), mask, scale, written(bias, places), sinks)
@@ -196,8 +196,8 @@ def channel_attention(
 ) -> Tensor:
     """A bias by_head (H, C) times by_key (T, C) through the fused causal kernel: as more channels of q and k.
 
-    What bf16 drops of `by_head` goes into as many channels again, and by_key must be exact in bf16. Widths are padded to a
-    multiple of 8, as kernels want them, and v to that of q and k.
+    What bf16 drops of `by_head` goes into as many channels again, and by_key must be exact in bf16. Widths are padded
+    to a multiple of 8, as kernels want them, and v to that of q and k.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     by_head = by_head.to(torch.promote_types(q.dtype, torch.float32)) / scale

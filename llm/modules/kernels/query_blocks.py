@@ -8,9 +8,9 @@ scores, those above the diagonal's blocks, are never computed, and a CPU is fast
     dV_i += P_i^T dO_i        dS_i = P_i * (dO_i V_i^T - sum(dO_i * O_i))        dQ_i = scale dS_i K_i
                                                                               dK_i += scale dS_i^T Q_i
 
-dS_i is the gradient of the bias, too. A sink (sinks.py) is one more score in each softmax, with value 0, so its gradient
-is -P sum(dO * O). Unlike FlashAttention (flash.py) this keeps the probabilities for the backward pass: at most FEW_KEYS
-numbers a query and head. Blog: Attention, multi-head attention and its cost, sparse attention.
+dS_i is the gradient of the bias, too. A sink (sinks.py) is one more score in each softmax, with value 0, so its
+gradient is -P sum(dO * O). Unlike FlashAttention (flash.py) this keeps the probabilities for the backward pass: at most
+FEW_KEYS numbers a query and head. Blog: Attention, multi-head attention and its cost, sparse attention.
 """
 
 import torch
@@ -25,7 +25,8 @@ FEW_KEYS = 1024  # scores that a query may have on average where the text is lon
 
 
 def is_long(q: Tensor, mask: Mask) -> bool:
-    """Whether a mask that is written out would waste time and memory. Compiled, the blocks of a long text would be as many
+    """Whether a mask that is written out would waste time and memory. Compiled, the blocks of a long text would be as
+    many
     copies of one piece of code."""
     return mask.looks_back and q.shape[2] > LONGEST and not torch.compiler.is_compiling()
 
@@ -100,4 +101,3 @@ class QueryBlocks(torch.autograd.Function):
                 dbias[..., rows, keys] = ds.unflatten(0, heads).sum_to_size(dbias[..., rows, keys].shape)
         dq, dk, dv = (x.to(q.dtype).unflatten(0, heads) for x in (dq, dk, dv))
         return dq, dk, dv, None, dbias, dsinks
-

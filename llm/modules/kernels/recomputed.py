@@ -5,8 +5,8 @@
     dQ_i = scale dS_i K_i    dK_i += scale dS_i^T Q_i
 
 A block Q_i has 128 queries, and K_i are the keys that some of them see. No more scores exist at a time, so memory grows
-with T, also where the scores have a bias, a cap or a sink. This is FlashAttention's idea (flash.py) without its tiles of
-keys: a softmax sees all its scores at once.
+with T, also where the scores have a bias, a cap or a sink. This is FlashAttention's idea (flash.py) without its tiles
+of keys: a softmax sees all its scores at once.
 
 A bias is a function (q_pos, k_pos) -> numbers added to the scores. It is computed for each block anew, and its gradient
 by autograd. Blog: Attention, multi-head attention and its cost, sparse attention.
@@ -39,7 +39,7 @@ class Scores(NamedTuple):
         return tuple(x for x in self.bias.parameters() if x.requires_grad)
 
     def of(self, products: Tensor, added: Tensor | None, rows: slice, keys: Keys) -> tuple[Tensor, Tensor | None]:
-        """Products (B, H, queries, keys), which are overwritten -> scores, and the slope of the cap, if there is one."""
+        """Products (B, H, queries, keys), which are overwritten -> scores, and the derivative of the cap, if any."""
         slope = None
         if self.soft_cap is not None:
             tanh = products.div_(self.soft_cap).tanh_()
@@ -134,4 +134,3 @@ def softmax_of_block(
     sink = sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
     p = torch.cat([s, sink], -1).softmax(-1).flatten(0, 1)
     return p[..., :-1], slope, p[..., -1:]
-

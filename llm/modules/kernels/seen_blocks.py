@@ -1,8 +1,8 @@
 """Which keys a block of queries needs: those that some query of the block sees, and no others.
 
-A block of 128 queries under a window of w sees 127 + w keys, under BigBird a few blocks of keys here and there. Only their
-scores are computed, so attention costs what the mask shows and not T x T. A mask with a reach needs no search. Another
-one is searched once for each length, one block of queries after the other. Blog: Attention, sparse attention.
+A block of 128 queries under a window of w sees 127 + w keys, under BigBird a few blocks of keys here and there. Only
+their scores are computed, so attention costs what the mask shows and not T x T. A mask with a reach needs no search.
+Another one is searched once for each length, one block of queries after the other. Blog: Attention, sparse attention.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ Keys = slice | Tensor
 
 
 def blocks(length: int, mask: Mask) -> Iterator[tuple[slice, Keys]]:
-    """Each block's queries, and the keys that some of them see, for a text of `length` tokens and a mask that looks back."""
+    """Each block's queries, and the keys that some of them see, in a text of `length` tokens; the mask looks back."""
     if not isinstance(mask, Causal) and mask.reach > length > QUERIES:
         return iter(searched(length, mask))
     return ((rows, slice(max(0, rows.start + 1 - min(mask.reach, length)), rows.stop)) for rows in cut(length, QUERIES))
@@ -36,7 +36,9 @@ def searched(length: int, mask: Mask) -> list[tuple[slice, Keys]]:
     """The same by looking at the mask."""
     found = []
     for rows in cut(length, QUERIES):
-        seen = mask.visible(torch.arange(rows.start, rows.stop)[:, None], torch.arange(rows.stop)).any(0).nonzero()[:, 0]
+        seen = (
+            mask.visible(torch.arange(rows.start, rows.stop)[:, None], torch.arange(rows.stop)).any(0).nonzero()[:, 0]
+        )
         first, last = int(seen[0]), int(seen[-1])
         found.append((rows, slice(first, last + 1) if last + 1 - first == len(seen) else seen))
     return found

@@ -26,7 +26,8 @@ class ALiBi:
         return -alibi_slopes(self.n_heads, q_pos.device)[:, None, None] * distance
 
     def channels(self, k_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """(H, 2) and (S, 2), whose product is m_h j: a softmax ignores m_h i, which is the same for all keys of a query.
+        """(H, 2) and (S, 2), whose product is m_h j: a softmax ignores m_h i, which is the same for all keys of a
+        query.
 
         j = 256 (j // 256) + j % 256, since bf16 has whole numbers up to 256 only. Exact up to 65,536 tokens.
         """

@@ -55,7 +55,8 @@ class RelativeAttention(MultiHeadAttention):
 
 
 class DistanceScores(NamedTuple):
-    """The position term as a `bias`: queries (B, H, T, D) times r (H, D, n), of the distances n - 1, .., 0, times scale.
+    """The position term as a `bias`: queries (B, H, T, D) times r (H, D, n), of the distances n - 1, .., 0, times
+    scale.
 
     Called with positions (B, T) and (B, S) of all queries, or with some of the positions (T,) of one whole text.
     """
@@ -94,8 +95,8 @@ def gather(by_distance: Tensor, places: Places) -> Tensor:
 
 
 def shift(by_distance: Tensor) -> Tensor:
-    """The same without a look-up, for the last T queries of S keys: the row of query i of T must move left by T - 1 - i.
-    With one more column on the left, leaving out T numbers and reading the others in rows of S does that.
+    """The same without a look-up, for the last T queries of S keys: the row of query i of T must move left by T - 1 -
+    i. With one more column on the left, leaving out T numbers and reading the others in rows of S does that.
     (B, H, T, S) both."""
     n_rows, n_columns = by_distance.shape[-2:]
     padded = F.pad(by_distance, (1, 0))  # (B, H, T, S + 1)

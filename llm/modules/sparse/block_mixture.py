@@ -57,7 +57,8 @@ class BlockMixtureAttention(MultiHeadAttention):
 
     @torch.no_grad()
     def choose(self, q: Tensor, means: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, H, T, D), means (B, H, N, D), positions (B, T) -> the tokens that each query sees, and whether it really
+        """q (B, H, T, D), means (B, H, N, D), positions (B, T) -> the tokens that each query sees, and whether it
+        really
         does, (B, H, T, top_k block_size) both."""
         position = positions[:, None, :, None]  # (B, 1, T, 1)
         own = position // self.block_size

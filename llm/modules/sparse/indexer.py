@@ -7,8 +7,8 @@ The choice has no gradient, so the indexer has a loss of its own and reads its i
 
     loss = mean over t of KL(p_t || softmax(I_t))      p_t: the probabilities of the main attention, mean over its heads
 
-over the chosen tokens. In a warm-up before that, attention is dense and the KL is over all earlier tokens; the rest of the
-model is then frozen. DeepSeek-V3.2, arXiv 2512.02556, section 2. Blog: Attention, learned sparse attention.
+over the chosen tokens. In a warm-up before that, attention is dense and the KL is over all earlier tokens; the rest of
+the model is then frozen. DeepSeek-V3.2, arXiv 2512.02556, section 2. Blog: Attention, learned sparse attention.
 """
 
 import torch
@@ -83,7 +83,7 @@ class SparseLatentAttention(LatentAttention):
         return self.o_proj(heads.flatten(2))
 
     def absorb(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> queries (B, H, T, rank + rope) and keys (B, S, rank + rope) of one key head for all, and W_uv (H, v, rank)."""
+        """-> queries (B, H, T, rank + rope), keys (B, S, rank + rope) of one shared key head, W_uv (H, v, rank)."""
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1)).split(self.expanded_split, 1)
         q = torch.cat([torch.einsum("bthd,hdr->bthr", q_nope, w_uk), q_rope], -1)
         return q.transpose(1, 2), torch.cat([latent, k_rope], -1), w_uv
@@ -112,11 +112,16 @@ class SparseLatentAttention(LatentAttention):
     def flops(self, context: int) -> float:
         """FLOPs per token, without the projections: the indexer on all earlier tokens, attention to the chosen ones."""
         seen = mean_keys(causal, context)
-        chosen = seen if self.dense else mean_keys(causal, min(context, self.index_top_k)) * min(
-            1.0, self.index_top_k / context
-        ) + self.index_top_k * max(0.0, 1 - self.index_top_k / context)
+        chosen = (
+            seen
+            if self.dense
+            else mean_keys(causal, min(context, self.index_top_k)) * min(1.0, self.index_top_k / context)
+            + self.index_top_k * max(0.0, 1 - self.index_top_k / context)
+        )
         rank, rope_dim = self.kv_split
-        return 2 * self.indexer.n_heads * self.indexer.head_dim * seen + 2 * self.n_heads * (2 * rank + rope_dim) * chosen
+        return (
+            2 * self.indexer.n_heads * self.indexer.head_dim * seen + 2 * self.n_heads * (2 * rank + rope_dim) * chosen
+        )
 
 
 def divergence(p: Tensor, scores: Tensor) -> Tensor:

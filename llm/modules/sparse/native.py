@@ -1,4 +1,5 @@
-"""Native Sparse Attention (NSA): a coarse look at everything, a close look at the few blocks it points to, and a window.
+"""Native Sparse Attention (NSA): a coarse look at everything, a close look at the few blocks it points to, and a
+window.
 
     compressed   one key and value for each block of l tokens, every d tokens:  k~_c = W [k_t + e_t, t in block]
                  p = softmax(scale q . k~) over the blocks that are finished;  o_1 = sum_c p_c v~_c
@@ -6,13 +7,13 @@
                  importance_j = sum over the heads that share a key head, and over c, of p_c times the strides that
                  block j and c have in common;  o_2 = attention to the tokens of the n selected
     window       o_3 = attention to the last w tokens
-    head         g_1 o_1 + g_2 o_2 + g_3 o_3       g = sigmoid(x W_g), for each head; each branch has its own keys, values
+    head         g_1 o_1 + g_2 o_2 + g_3 o_3       g = sigmoid(x W_g), for each head; keys and values per branch
 
 The choice has no gradient. What teaches it is the compressed branch, whose probabilities are the importance. Heads that
 share keys share the choice, so that keys are read once for all of them.
 
-Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, arXiv 2502.11089, section 3. There W is
-an MLP; a matrix does here. Blog: Attention, learned sparse attention.
+Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, arXiv 2502.11089, section 3. There W
+is an MLP; a matrix does here. Blog: Attention, learned sparse attention.
 """
 
 import torch
@@ -74,7 +75,12 @@ class NativeSparseAttention(nn.Module):
         if n_selected < 3:
             raise ValueError(f"n_selected = {n_selected} must be at least 3: three are fixed (--model.n-selected)")
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, d_model // n_heads
-        self.size, self.stride, self.select_size, self.n_selected = compress_size, compress_stride, select_size, n_selected
+        self.size, self.stride, self.select_size, self.n_selected = (
+            compress_size,
+            compress_stride,
+            select_size,
+            n_selected,
+        )
         self.mask, self.rope, self.scale = Window(window_size), rope, self.head_dim**-0.5
         self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(d_model, 3 * n_kv_heads * self.head_dim, bias=False)  # for each branch
@@ -88,8 +94,9 @@ class NativeSparseAttention(nn.Module):
         k = self.rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), positions).chunk(3, 2)  # 3 (B, T, H_kv, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).chunk(3, 2)
         if cache is None:
-            summaries = self.compress_k(all_blocks(k[0], self.size, self.stride)), self.compress_v(
-                all_blocks(v[0], self.size, self.stride)
+            summaries = (
+                self.compress_k(all_blocks(k[0], self.size, self.stride)),
+                self.compress_v(all_blocks(v[0], self.size, self.stride)),
             )
             near = k[2], v[2], Places(positions, positions, whole_text=True)
             chosen, positions = (k[1], v[1]), positions.expand(len(x), -1)
@@ -129,7 +136,8 @@ class NativeSparseAttention(nn.Module):
 
     @torch.no_grad()
     def select(self, importance: Tensor, positions: Tensor, n_keys: int) -> tuple[Tensor, Tensor]:
-        """Importance (B, H_kv, T, J), positions (B, T) -> the tokens that each query sees and whether it really does, both
+        """Importance (B, H_kv, T, J), positions (B, T) -> the tokens that each query sees and whether it really does,
+        both
         (B, H_kv, T, n_selected select_size). The blocks of the last tokens have no importance yet."""
         position = positions[:, None, :, None]
         own = position // self.select_size

@@ -1,8 +1,8 @@
 """Summaries of blocks of keys in a cache: each is written once, when the last token of its block arrives.
 
-Block c covers the tokens c stride .. c stride + size - 1; with stride < size blocks overlap. T new tokens finish at most
-T // stride + 1 blocks, so shapes depend on the number of new tokens only. A candidate that is not finished is written into
-one more slot at the end, which nobody reads.
+Block c covers the tokens c stride .. c stride + size - 1; with stride < size blocks overlap. T new tokens finish at
+most T // stride + 1 blocks, so shapes depend on the number of new tokens only. A candidate that is not finished is
+written into one more slot at the end, which nobody reads.
 """
 
 import torch
@@ -15,7 +15,8 @@ def n_summaries(n_tokens: int, size: int, stride: int) -> int:
 
 
 def finished(positions: Tensor, size: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Positions (B, T) of new tokens -> the numbers (B, T // stride + 1) of the blocks that they may finish, and whether
+    """Positions (B, T) of new tokens -> the numbers (B, T // stride + 1) of the blocks that they may finish, and
+    whether
     they do."""
     first = ((positions[:, :1] - size + stride) // stride).clamp(min=0)
     numbers = first + torch.arange(positions.shape[1] // stride + 1, device=positions.device)
@@ -23,14 +24,14 @@ def finished(positions: Tensor, size: int, stride: int) -> tuple[Tensor, Tensor]
 
 
 def tokens_in(slots: Tensor, numbers: Tensor, size: int, stride: int) -> Tensor:
-    """Slots (B, S, ..), where token p is in slot p, and block numbers (B, n) -> the tokens of the blocks, (B, n, size, ..)."""
+    """Slots (B, S, ..), token p in slot p, and block numbers (B, n) -> the blocks' tokens, (B, n, size, ..)."""
     index = numbers[..., None] * stride + torch.arange(size, device=numbers.device)
     rows = torch.arange(len(slots), device=numbers.device)[:, None, None]
     return slots[rows, index.clamp(max=slots.shape[1] - 1)]
 
 
 def write(slots: Tensor, numbers: Tensor, done: Tensor, summaries: Tensor) -> None:
-    """Put summaries (B, n, ..) into slots (B, N + 1, ..) at their numbers, those that are not done into the last slot."""
+    """Put summaries (B, n, ..) into slots (B, N + 1, ..) at their numbers, unfinished ones into the last slot."""
     rows = torch.arange(len(slots), device=numbers.device)[:, None]
     slots[rows, torch.where(done, numbers, slots.shape[1] - 1)] = summaries.to(slots.dtype)
 
