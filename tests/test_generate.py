@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from llm.data.vocabulary import train_bpe
+from llm.generate.__main__ import Arguments
 from llm.generate.compile import compile_decoding
 from llm.generate.load import build_model
 from llm.generate.sampling import Sampler, generate_tokens, greedy
@@ -41,6 +42,31 @@ def test_top_k_keeps_k_tokens():
     kept = draws(top_k=2)
     torch.testing.assert_close(kept[:2], LOGITS[0, :2].softmax(-1), atol=0.03, rtol=0)
     assert not kept[2:].any()
+
+
+def test_top_k_keeps_k_tokens_where_others_are_as_likely_as_the_last():
+    sampler = Sampler((torch.Generator().manual_seed(0),) * 400, top_k=2)
+    drawn = sampler(torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0]]).expand(400, -1)).bincount(minlength=5)
+    assert (drawn > 0).sum() == 2
+    assert drawn[0] > drawn[1:].max() > 0
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), 1e-38, -1.0, float("inf"), 1e-5])
+def test_a_temperature_that_gives_no_probabilities_is_refused_with_the_flag(temperature):
+    with pytest.raises(ValueError, match=r"temperature = .* must be 0.*from 0.0001 on \(--temperature\)"):
+        Sampler((), temperature=temperature)
+    with pytest.raises(ValueError, match=r"--temperature"):
+        Arguments("runs/baseline", temperature=temperature)
+
+
+def test_a_prompt_that_is_no_utf8_is_refused_before_the_model_is_loaded():
+    with pytest.raises(ValueError, match=r"prompt 'caf\\udce9' is not valid UTF-8.*iconv.*--prompt"):
+        Arguments("runs/baseline", prompt=(b"caf\xe9".decode(errors="surrogateescape"),))
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_its_number():
+    with pytest.raises(ValueError, match=r"token 97, and the embedding of this model ends at 96.*another model"):
+        list(generate_tokens(tiny_model("baseline"), [[1], [2, 97]], 1, greedy, stop=0))
 
 
 @settings(deadline=None)  # a busy machine is not a mistake

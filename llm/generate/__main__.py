@@ -49,14 +49,22 @@ class Arguments:
     only if that works there."""
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature = {self.temperature} must not be negative (--temperature)")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k = {self.top_k} must be at least 1 (--top-k)")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p} must lie in (0, 1] (--top-p)")
+        self.sampler(0)
         if self.samples < 1 or self.max_new_tokens < 1:
             raise ValueError("samples and max_new_tokens must be at least 1 (--samples, --max-new-tokens)")
+        for prompt in self.prompt:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:  # Python marks the bytes of a command that are not UTF-8 with surrogates
+                raise ValueError(
+                    f"the prompt {prompt!a} is not valid UTF-8: set the terminal to UTF-8, or convert the text with "
+                    "iconv -f LATIN1 -t UTF-8 before it is given to --prompt"
+                ) from None
+
+    def sampler(self, rows: int, device: torch.device | str = "cpu") -> Sampler:
+        """What draws the tokens of so many texts, each from a seed of its own."""
+        seeds = (torch.Generator(device).manual_seed(self.seed + row) for row in range(rows))
+        return Sampler(tuple(seeds), self.temperature, self.top_k, self.top_p)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,8 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     if wants_compiling(flags.compile, device):
         compile_decoding(model, insist=flags.compile == "on")
     prompts = [prompt for prompt in flags.prompt or ("Once upon a time",) for _ in range(flags.samples)]
-    seeds = [torch.Generator(device).manual_seed(flags.seed + row) for row in range(len(prompts))]
-    sampler = Sampler(tuple(seeds), flags.temperature, flags.top_k, flags.top_p)
+    sampler = flags.sampler(len(prompts), device)
     stop = stop_tokens(flags.path)
     say_full = partial(explain_limit, model.config.max_seq_len)
     if len(prompts) == 1:

@@ -4,6 +4,7 @@ Each new token is drawn from the model's distribution, changed by temperature, t
 Generation, arXiv 1805.04833) and top-p (The Curious Case of Neural Text Degeneration, arXiv 1904.09751).
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -12,14 +13,17 @@ from torch import Tensor
 
 from llm.models.transformer import Transformer
 
+LOWEST_TEMPERATURE = 1e-4  # far below it, logits divided by it are no finite numbers
+
 
 @dataclass(frozen=True)
 class Sampler:
     """Logits (B, V) -> one token for each row (B,).
 
-    temperature divides the logits, and 0 takes the likeliest token; top_k keeps the k likeliest tokens; top_p keeps the
-    fewest tokens whose probabilities add up to p. Each row has a generator of its own, so what it draws does not depend
-    on the other rows.
+    temperature divides the logits, and 0 takes the likeliest token; top_k keeps the k likeliest tokens, k of them even
+    where others are as likely as the last; top_p keeps the fewest tokens whose probabilities add up to p. Each row has
+    a generator of its own, so what it draws does not depend on the other rows. Raises ValueError for settings that
+    leave nothing to draw from.
     """
 
     generators: tuple[torch.Generator, ...]
@@ -27,13 +31,24 @@ class Sampler:
     top_k: int | None = None
     top_p: float | None = None
 
+    def __post_init__(self):
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature = {self.temperature} must be 0, which takes the likeliest token each time, or a number "
+                f"from {LOWEST_TEMPERATURE} on (--temperature)"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k = {self.top_k} must be at least 1 (--top-k)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} must lie in (0, 1] (--top-p)")
+
     def __call__(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = logits.float() / self.temperature
         if self.top_k is not None:
-            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            kept, tokens = logits.topk(min(self.top_k, logits.shape[-1]))
+            logits = torch.full_like(logits, -torch.inf).scatter(-1, tokens, kept)
         if self.top_p is not None:
             ordered, order = logits.softmax(-1).sort(descending=True)
             surplus = ordered.cumsum(-1) - ordered >= self.top_p  # never the likeliest token
@@ -56,12 +71,18 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Continue prompts of different lengths in one batch; yields the next token of each, None after its end.
 
-    A text ends with a token of `stop`, which is yielded. Raises ValueError for a prompt that fills the context.
+    A text ends with a token of `stop`, which is yielded. Raises ValueError for a prompt that fills the context or
+    holds a token that the model does not have.
     """
     stop = {stop} if isinstance(stop, int) else set(stop)
     longest, limit = max(map(len, prompts)), model.config.max_seq_len
     if longest >= limit:
         raise ValueError(f"a prompt has {longest} tokens, and max_seq_len = {limit} leaves no room: shorten it")
+    if (largest := max(map(max, prompts))) >= model.config.vocab_size:
+        raise ValueError(
+            f"a prompt holds token {largest}, and the embedding of this model ends at {model.config.vocab_size - 1}: "
+            "the tokenizer belongs to another model, so take the one that was published or trained with this model"
+        )
     device = model.tok_embed.weight.device
     batch = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
