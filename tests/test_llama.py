@@ -12,6 +12,7 @@ from parity import (
     twins,
 )
 
+from llm.generate.sampling import generate_tokens, greedy
 from llm.hub import maps
 from llm.models.case_studies.llama import Llama
 from llm.models.case_studies.mistral import Mistral
@@ -52,6 +53,26 @@ def test_llama_with_dynamic_ntk_equals_the_original_below_and_beyond_the_trained
         assert_same_logits(theirs, ours, n_tokens)
         assert_survives_export(theirs, ours, tmp_path / str(n_tokens), n_tokens)
     assert_same_gradients(theirs, ours, tmp_path, n_tokens=40)
+
+
+def test_with_dynamic_ntk_a_cached_text_equals_the_originals_cached_text_and_ignores_its_neighbours(tmp_path):
+    """A prompt below the trained length of 16 and one above it, both decoded to 40 tokens, beyond 16."""
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    sizes = {"max_position_embeddings": 16, "rope_parameters": scaling}
+    for prompt in (6, 20):
+        theirs, ours = twins(tmp_path / str(prompt), "LlamaForCausalLM", **sizes)
+        text = draw_tokens(40)[:1]
+        cache, past, expected, got = ours.make_cache(1, 40), None, [], []
+        with torch.no_grad():
+            for part in (text[:, :prompt], *text[:, prompt:].split(1, 1)):
+                output = theirs(part, past_key_values=past, use_cache=True)
+                past = output.past_key_values
+                expected.append(output.logits)
+                got.append(ours(part, cache))
+        torch.testing.assert_close(torch.cat(got, 1), torch.cat(expected, 1), rtol=0, atol=1e-5)
+    short, long = text[0, :6].tolist(), text[0, :30].tolist()
+    alone = [step[0] for step in generate_tokens(ours, [short], 9, greedy, stop=())]
+    assert [step[0] for step in generate_tokens(ours, [short, long], 9, greedy, stop=())] == alone
 
 
 MISTRALS = {

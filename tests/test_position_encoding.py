@@ -248,6 +248,14 @@ def test_only_dynamic_ntk_turns_parts_of_a_text_unlike_the_whole(scaling):
     assert torch.equal(parts, rope(x, positions)) == (not isinstance(scaling, DynamicNTK))
 
 
+def test_dynamic_ntk_takes_the_length_of_each_text_whatever_its_neighbours():
+    rope, x = RoPE(16, scaling=DynamicNTK(4.0, 8)), heads(3, 20, 2, 16)
+    positions = torch.arange(20) - torch.tensor([[0], [6], [14]])  # padded on the left
+    together = rope(x, positions)
+    for row in range(3):
+        assert torch.equal(together[row], rope(x[row : row + 1], positions[row])[0])
+
+
 def test_interpolated_positions_are_the_old_ones_divided():
     x, positions = heads(1, 10, 2, 16), torch.arange(10)
     torch.testing.assert_close(RoPE(16, scaling=LinearInterpolation(4.0))(x, positions * 4), RoPE(16)(x, positions))

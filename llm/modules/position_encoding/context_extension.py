@@ -12,7 +12,7 @@ meets new angles beyond L. Each method below replaces f by f' (d is the number o
 |                      | scores times (0.1 ln(factor) + 1)^2, since the softmax over a longer text is flatter        |
 | Llama 3              | f above high_freq_factor turns, f / factor below low_freq_factor, linear in turns between   |
 
-A scaling is called with (rotary_dim, theta, positions). It returns the frequencies (rotary_dim / 2,) in fp32 and a
+A scaling is called with (rotary_dim, theta, positions). It returns the frequencies (.., rotary_dim / 2) in fp32 and a
 factor of all cosines and sines: `RoPE(head_dim, theta, scaling=YaRN(factor=4, original_length=512))`. No scaling has
 weights: to read longer texts, a trained model is built again with a scaling. Blog: Position encoding, longer context.
 """
@@ -54,7 +54,7 @@ class NTKAware:
 
 @dataclass(frozen=True)
 class DynamicNTK:
-    """NTKAware for the length n of the text at hand, which is the largest position of the call + 1:
+    """NTKAware for the length n of each text, which is its largest position in the call + 1:
 
         growth = factor n / L - (factor - 1) for n > L, else 1        theta' = theta growth^(d / (d - 2))
 
@@ -62,7 +62,12 @@ class DynamicNTK:
     emozilla on Reddit. Other factors are the form of transformers and its checkpoints (rope_type "dynamic"), which grow
     faster: with factor 4 a text of 4 L has growth 13, not 4.
 
-    Keys in a cache were rotated by the base of an earlier length, so decoding differs from computing the whole text.
+    Positions (B, T) have one length a row, so no text depends on its neighbours in the batch: frequencies are then
+    (B, 1, 1, rotary_dim / 2). transformers takes the longest row for all; a text alone is the same in both.
+
+    Beyond L, a cached text differs from the same text computed at once. Each new token is rotated for the length up to
+    itself, and the keys in the cache keep the rotation of the length at which they were computed. transformers does the
+    same, so cached text is equal to its cached text.
     """
 
     factor: float
@@ -72,9 +77,9 @@ class DynamicNTK:
         check(self, "factor", "original_length")
 
     def __call__(self, dim: int, theta: float, positions: Tensor) -> tuple[Tensor, float]:
-        length = (positions.max() + 1).clamp(
-            min=self.original_length
-        )  # a tensor: the host need not wait for the device
+        length = (positions.amax(-1) + 1).clamp(min=self.original_length)  # a tensor: the host does not wait for it
+        if positions.dim() == 2:
+            length = length[:, None, None, None]
         growth = self.factor * length / self.original_length - (self.factor - 1)
         return inverse_frequencies(dim, larger_base(theta, growth, dim), positions.device), 1.0
 

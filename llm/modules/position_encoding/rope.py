@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 Scaling = Callable[[int, float, Tensor], tuple[Tensor, float]]
-"""(rotary_dim, theta, positions) -> inverse frequencies (rotary_dim / 2,) and a factor of all cosines and sines."""
+"""(rotary_dim, theta, positions) -> inverse frequencies (rotary_dim / 2,), or (B, 1, 1, rotary_dim / 2) where each text
+has its own, and a factor of all cosines and sines."""
 
 
 class RoPE(nn.Module):
