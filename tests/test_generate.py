@@ -9,6 +9,7 @@ import torch
 from conftest import VOCABULARY, redraw, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch._dynamo.utils import counters
 
 from llm.data.vocabulary import train_bpe
@@ -16,7 +17,7 @@ from llm.generate.__main__ import Arguments
 from llm.generate.compile import compile_decoding
 from llm.generate.load import build_model
 from llm.generate.sampling import Sampler, generate_tokens, greedy
-from llm.generate.text import write
+from llm.generate.text import TextStream, encode_prompt, write
 from llm.models import MODELS
 from llm.modules.cache import STEP
 from llm.training.checkpoint import CheckpointError
@@ -130,6 +131,100 @@ def test_streamed_pieces_add_up_to_the_text_even_where_a_character_takes_several
     assert whole == "b" + text
     assert "".join(pieces) == text
     assert pieces[0] == "é"
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+WORDS = ["▁", "a", "b", "▁a", "▁ab", "ab", "é", "."]
+
+
+def byte_fallback() -> Tokenizer:
+    """As in Llama 2: a space before the text, and a character outside the vocabulary as its bytes."""
+    vocabulary = {token: number for number, token in enumerate(["<s>", "<unk>", *BYTES, *WORDS])}
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def sentence_pieces() -> Tokenizer:
+    """As T5's: a space before each word, and one token for all that is outside the vocabulary."""
+    pieces = [("<s>", 0.0), ("<unk>", 0.0), *((word, -float(number)) for number, word in enumerate(WORDS, 1))]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=1))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+TOKENIZERS = {
+    "byte level": train_bpe(["a b c é é 🙂 🙂"], 270),
+    "byte fallback": byte_fallback(),
+    "sentence pieces": sentence_pieces(),
+}
+
+
+def minus_prompt(everything: str, prompt: str) -> str:
+    """`removeprefix`, or what follows the longest common beginning where the prompt decodes to something else alone."""
+    while not everything.startswith(prompt):
+        prompt = prompt[:-1]
+    return everything.removeprefix(prompt)
+
+
+class Scripted:
+    """A model that writes what it is told."""
+
+    config = MODELS["baseline"].Config(vocab_size=300)
+    tok_embed = torch.nn.Embedding(1, 1)
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def generate(self, tokens, max_new_tokens, sampler, padding):
+        yield from (torch.tensor([token]) for token in self.tokens)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_stream_and_return_are_what_all_tokens_decode_to_minus_the_prompt_for_every_cut(kind, data):
+    tokenizer, texts = TOKENIZERS[kind], st.text("ab é🙂ü.\n", max_size=5)
+    prompt, pieces = data.draw(texts), []
+    beginning, tokens = encode_prompt(tokenizer, prompt), st.integers(0, tokenizer.get_vocab_size() - 1)
+    ids = data.draw(
+        st.one_of(texts.map(lambda text: tokenizer.encode(prompt + text).ids), st.lists(tokens, max_size=8))
+    )
+    for cut in range(len(ids) + 1):
+        stream = TextStream(tokenizer, ids[:cut])
+        streamed = "".join([stream.add(token) for token in ids[cut:]] + [stream.end()])
+        assert streamed == stream.written == minus_prompt(tokenizer.decode(ids), tokenizer.decode(ids[:cut]))
+        if ids[cut:]:
+            pieces.clear()
+            (whole,) = write(
+                Scripted(ids[cut:]), tokenizer, [prompt], 10, on_text=lambda row, piece: pieces.append(piece), stop=[-1]
+            )
+            everything = tokenizer.decode(beginning + ids[cut:])
+            assert whole == prompt + "".join(pieces)
+            assert "".join(pieces) == minus_prompt(everything, tokenizer.decode(beginning))
+
+
+def test_a_byte_fallback_text_is_not_written_twice_and_its_end_is_not_lost():
+    """A half-written character makes the complete one before it unreadable: 4 + 2 bytes that are no UTF-8 together."""
+    tokenizer = TOKENIZERS["byte fallback"]
+    smile, a = tokenizer.encode("🙂").ids[2:], tokenizer.token_to_id("a")
+    stream = TextStream(tokenizer, tokenizer.encode("ab").ids)
+    assert [stream.add(token) for token in [*smile, a, *smile, *smile[:2], a]] == [
+        *[""] * 4,
+        "🙂a",
+        *[""] * 6,
+        "\ufffd" * 6 + "a",
+    ]
+    assert [stream.add(smile[0]), stream.end()] == ["", "\ufffd"]
 
 
 LONG = {"n_layers": 2, "max_seq_len": 2 * STEP + 20}
