@@ -36,6 +36,7 @@ from llm.models import MODELS
 from llm.models.transformer import Transformer
 
 SHARD_BYTES = 5_000_000_000
+PADDING = {"padding_side": "left"}  # new tokens come on the right; tokenizers of transformers pad there by themselves
 ABOUT_TEXT = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -85,13 +86,15 @@ def is_hub_tokenizer(path: Path) -> bool:
 
 
 def copy_tokenizer(folder: Path, source: Path, config: dict[str, Any]) -> None:
-    """Write config.json with the token ids of the hub folder `source`, and copy its files about text unchanged: its
-    vocabulary, the tokens that begin and end a text, their names, and how a chat is written."""
+    """Write config.json with the token ids of the hub folder `source`, and copy its files about text: its vocabulary,
+    the tokens that begin and end a text, their names, and how a chat is written. They stay as they are, but where the
+    source does not say on which side a batch is padded, that is now said."""
     ids = {name: value for name, value in read_json(source / CONFIG).items() if name.endswith("_token_id")}
     write_json(folder / CONFIG, config | ids)
     for name in ABOUT_TEXT:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    write_json(folder / TOKENIZER_CONFIG, PADDING | read_json(source / TOKENIZER_CONFIG, optional=True))
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str, Any], max_seq_len: int) -> None:
@@ -113,7 +116,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str,
     tokenizer.save(str(folder / TOKENIZER))
     names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), None if end is None else END_OF_TEXT)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len}
-    write_json(folder / TOKENIZER_CONFIG, settings | names | {"clean_up_tokenization_spaces": False})
+    write_json(folder / TOKENIZER_CONFIG, settings | names | PADDING | {"clean_up_tokenization_spaces": False})
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
