@@ -244,10 +244,38 @@ def test_a_missing_and_a_truncated_shard_are_named(tmp_path):
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize("newer", [0, -1])
+def test_a_tensor_that_two_shards_hold_is_taken_from_the_one_that_the_index_names(tmp_path, newer):
+    model = tiny_llama()
+    folder = export_pretrained(model, tmp_path / "out", shard_bytes=20_000)
+    where = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    shards = sorted(folder.glob("*.safetensors"))
+    name = next(name for name, file in where.items() if file != shards[newer].name)
+    save_file(load_file(shards[newer]) | {name: load_file(folder / where[name])[name] + 1}, shards[newer])
+    assert same_parameters(load_pretrained(folder), model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file_is_named(hub, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+    (hub / name).write_text(pointer, encoding="utf-8")
+    with pytest.raises(PretrainedError, match=rf"{name} is a Git LFS pointer.*install git-lfs.*git lfs pull"):
+        load_run(hub, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"model.norm.weight": 1}}])
 def test_an_index_without_a_map_is_refused(folder, index):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(PretrainedError, match=r"index\.json has no weight_map"):
+        load_pretrained(folder)
+
+
+def test_a_config_without_a_model_type_says_so(folder):
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    del config["model_type"]
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(PretrainedError, match=r"config\.json has no model_type.*one of .*llama"):
         load_pretrained(folder)
 
 
@@ -787,6 +815,29 @@ def test_an_export_of_a_published_model_ends_its_texts_where_that_did(hub, tmp_p
     assert stop_tokens(out) == ends
     model, tokenizer = load_run(out, torch.device("cpu"))
     assert write(model, tokenizer, [PROMPT], 20, stop=stop_tokens(out)) == [PROMPT + tokenizer.decode(text[:-1])]
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_an_exported_tokenizer_pads_a_batch_on_the_left_so_that_it_continues_as_each_text_alone(
+    hub, tmp_path, published
+):
+    transformers = pytest.importorskip("transformers")
+    ours = byte_tokenizer("<|endoftext|>")
+    export_pretrained(load_pretrained(hub), tmp_path / "out", hub / "tokenizer.json" if published else ours)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **EAGER).eval()
+    texts, greedy = ["Once", "Once upon a time"], {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    batch = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), **greedy)
+    for row, text in enumerate(texts):
+        alone = model.generate(**tokenizer(text, return_tensors="pt"), **greedy)
+        assert batch[row, -6:].equal(alone[0, -6:])
+
+
+def test_a_side_for_padding_that_the_publisher_chose_stays(hub, tmp_path):
+    settings = json.loads((hub / "tokenizer_config.json").read_text(encoding="utf-8")) | {"padding_side": "right"}
+    write_json(hub / "tokenizer_config.json", settings)
+    out = export_pretrained(load_pretrained(hub), tmp_path / "out", tokenizer=hub / "tokenizer.json")
+    assert json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8")) == settings
 
 
 def test_the_tokens_that_end_a_text_stand_in_generation_config_or_in_config(hub):

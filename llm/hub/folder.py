@@ -4,6 +4,7 @@ Where there are several, an index says which tensor is in which file. Tensors ar
 in 4 or 8 bits are expanded as they are read. Files with pickled data are never opened, since they could run code.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.s
 TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT8 = {"F8_E4M3", "F8_E5M2"}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_hub_folder(path: Path) -> bool:
@@ -34,6 +36,7 @@ def read_json(file: Path, optional: bool = False) -> dict[str, Any]:
     """The JSON object in a file, empty where the file is `optional` and missing. Raises PretrainedError."""
     if optional and not file.is_file():
         return {}
+    check_not_a_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -41,6 +44,15 @@ def read_json(file: Path, optional: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PretrainedError(f"{file} holds a {type(content).__name__}, not an object with fields")
     return content
+
+
+def check_not_a_pointer(file: Path) -> None:
+    """Raises PretrainedError where Git LFS left a note about a file in its place."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise PretrainedError(
+                f"{file} is a Git LFS pointer, not the file itself: install git-lfs, run git lfs pull in its folder"
+            )
 
 
 def load_hub_tokenizer(folder: Path) -> Tokenizer:
@@ -54,6 +66,7 @@ def load_hub_tokenizer(folder: Path) -> Tokenizer:
     file, settings = Path(folder) / TOKENIZER, read_json(Path(folder) / TOKENIZER_CONFIG, optional=True)
     if not file.is_file():
         raise PretrainedError(f"{file} is missing: without it there is no text, only tokens")
+    check_not_a_pointer(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
@@ -104,13 +117,14 @@ class HubTensors:
     def __init__(self, folder: Path, quantization: dict[str, Any] | None, stack: ExitStack):
         self.blocks = check_quantization(folder, quantization)
         self.parts: dict[str, Stored] = {}
-        for file in weight_files(folder):
+        files, where = weight_files(folder)
+        for file in files:
+            check_not_a_pointer(file)
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise PretrainedError(f"{file} cannot be read: {error}; download it again") from None
-            names = opened.keys()
-            for name in names:
+            for name in [name for name in opened.keys() if where.get(name, file.name) == file.name]:  # noqa: SIM118
                 header = opened.get_slice(name)
                 self.parts[name] = Stored(file, opened, tuple(header.get_shape()), header.get_dtype())
         self.shapes = dict(self.read_shapes())
@@ -186,8 +200,9 @@ def check_quantization(folder: Path, quantization: Any) -> tuple[int, int]:
     return tuple(blocks) if sized else (128, 128)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The .safetensors files of a folder; raises PretrainedError where one is missing or there are only others."""
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The .safetensors files of a folder, and the index: which tensor is to be taken from which of them, where there is
+    one. Raises PretrainedError where a file is missing or there are only others."""
     if (folder / INDEX).is_file():
         where = read_json(folder / INDEX).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
@@ -196,9 +211,9 @@ def weight_files(folder: Path) -> list[Path]:
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise PretrainedError(f"{folder / name} is missing, {INDEX} names it: download it again")
-        return [folder / name for name in names]
+        return [folder / name for name in names], where
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+        return [folder / WEIGHTS], {}
     pickled = [path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in sorted(folder.glob(f"*.{suffix}"))]
     if pickled:
         raise PretrainedError(

@@ -59,14 +59,18 @@ def load_pretrained(
 
 def find_model(path: Path, config: dict[str, Any]) -> type[Transformer]:
     """The model of a config.json's model_type; raises PretrainedError for an unknown one."""
-    kind = str(config.get("model_type"))
+    known = {published.model_type: Model for Model, published in PUBLISHED.items()}
+    names = ", ".join(sorted(known))
+    if "model_type" not in config:
+        raise PretrainedError(
+            f"{path / CONFIG} has no model_type, which says how to read it: take the config.json that the hub has for "
+            f"this model, or write it in, one of {names}"
+        )
+    kind = str(config["model_type"])
     if kind in REFUSED:
         raise PretrainedError(f"{path / CONFIG}: model_type {kind!r} is not read: {REFUSED[kind]}")
-    known = {published.model_type: Model for Model, published in PUBLISHED.items()}
     if kind not in known:
-        raise PretrainedError(
-            f"{path / CONFIG}: model_type {kind!r} is not known; known are {', '.join(sorted(known))}"
-        )
+        raise PretrainedError(f"{path / CONFIG}: model_type {kind!r} is not known; known are {names}")
     return known[kind]
 
 
