@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from llm.console import console
 from llm.generate.load import load_run
 from llm.hub.export import export_pretrained
 from llm.hub.folder import TOKENIZER, is_hub_folder
@@ -32,6 +33,7 @@ class Export:
     """Folder to write; must not exist or be empty."""
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.extras.subcommand_cli_from_dict({"export": Export}, args=arguments, prog="python -m llm.pretrained")

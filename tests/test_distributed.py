@@ -200,7 +200,7 @@ def play_endless(data: Path, folder: Path, rank: int) -> None:
         (folder / f"last step of {rank}").write_text(str(training[-1].progress.step), encoding="utf-8")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_under_torchrun_two_ranks_equal_one_and_a_signal_stops_both_at_the_same_step(data, one, tmp_path, number):
     job, run = torchrun("endless", data, tmp_path), tmp_path / "run"
     try:

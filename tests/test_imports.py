@@ -9,7 +9,7 @@ import pytest
 from training import ROOT
 
 LAYERS = (
-    ("llm.config", "llm.files"),
+    ("llm.config", "llm.console", "llm.files"),
     ("llm.modules",),
     ("llm.models",),
     ("llm.data", "llm.hub", "llm.analysis.accounting"),

@@ -341,7 +341,7 @@ def test_a_not_finite_evaluation_does_not_end_the_search_for_the_best(data, tmp_
 # Stopping and going on
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_going_on_is_exact(
     data, straight, tmp_path, monkeypatch, capsys, number, status
 ):

@@ -18,6 +18,7 @@ import tyro
 
 from llm.analysis.compare import Result, compare, read_run
 from llm.config import TrainConfig
+from llm.console import console
 from llm.data.files import open_tokens
 from llm.models import MODELS
 from llm.training.run_directory import RunDirectoryError
@@ -58,6 +59,7 @@ class Arguments:
         return ["--steps", str(max(steps, 1)), "--eval-every", str(max(steps // 4, 1))]
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     split = arguments.index("--") if "--" in arguments else len(arguments)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import tyro
 
+from llm.console import console
 from llm.generate.compile import compile_decoding, wants_compiling
 from llm.generate.load import load_run
 from llm.generate.sampling import Sampler
@@ -67,6 +68,7 @@ class Arguments:
         return Sampler(tuple(seeds), self.temperature, self.top_k, self.top_p)
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command: stream one story, or print several, each under its number."""
     flags = tyro.cli(Arguments, args=arguments, prog="python -m llm.generate")
@@ -104,5 +106,6 @@ if __name__ == "__main__":
     except (ValueError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print()
+        with console():
+            print()
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to stop after its current step."""
+"""Ctrl-C, SIGTERM and the loss of the terminal (SIGHUP) ask a run to stop after its current step."""
 
 import contextlib
 import os
@@ -16,7 +16,8 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Within this block, Ctrl-C and SIGTERM are noted; a second Ctrl-C ends the process at once."""
+    """Within this block, Ctrl-C, SIGTERM and SIGHUP are noted; a second Ctrl-C ends the process at once. SIGHUP
+    stays ignored under `nohup`, which has it ignored."""
     stop = StopRequest()
 
     def note(number: int, frame: object) -> None:
@@ -24,7 +25,10 @@ def stop_signals() -> Iterator[StopRequest]:
             os._exit(128 + number)
         stop.signal = number
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):  # Windows has no SIGHUP
+        if number is not None and (number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN):
+            before[number] = signal.signal(number, note)
     try:
         yield stop
     finally:
