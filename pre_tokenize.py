@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from llm.console import console
 from llm.data.sample import make_sample
 from llm.data.tokenize import pre_tokenize
 
@@ -25,17 +26,21 @@ class PreTokenizeConfig:
     """Directory of the arrays, a training script's --data. Default: data/tinystories, with --sample data/sample."""
     vocab_size: int = 10_000
     """Size of the vocabulary; a small text may give fewer."""
+    allow_invalid_utf8: bool = False
+    """Accept text of which much is not UTF-8; each invalid sequence becomes U+FFFD."""
     sample: bool = False
     """Take the built-in stories instead of --train and --eval."""
 
 
+@console()
 def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(PreTokenizeConfig, args=argv)
     try:
         if config.sample:
             make_sample(config.out or Path("data/sample"), config.vocab_size)
         else:
-            pre_tokenize(config.train, config.eval, config.out or Path("data/tinystories"), config.vocab_size)
+            out = config.out or Path("data/tinystories")
+            pre_tokenize(config.train, config.eval, out, config.vocab_size, config.allow_invalid_utf8)
     except (OSError, ValueError) as error:
         sys.exit(f"pre_tokenize: {error}")
     except KeyboardInterrupt:

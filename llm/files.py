@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from io import IOBase
 from pathlib import Path
@@ -23,17 +24,34 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
     or the new, and several processes may write the same target. What killed processes left behind is removed.
     """
     remove_leftovers(target)
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            with contextlib.suppress(OSError):  # some network disks know no locks
-                lock(file)
+    with new_file(target) as file:
+        temporary = Path(file.name)
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+            if os.name == "nt":
+                file.close()  # Windows renames no open file; elsewhere it stays locked until it has its name
+            os.replace(temporary, target)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def new_file(target: Path) -> BinaryIO:
+    """An empty, locked file beside `target`, with a name that no other process has."""
+    while True:
+        file = open(target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp"), "xb")  # noqa: SIM115
+        try:
+            lock(file)
+            taken = not Path(file.name).exists()
+        except (BlockingIOError, PermissionError):
+            taken = True
+        except OSError:  # some network disks know no locks
+            taken = False
+        if not taken:
+            return file
+        file.close()  # before it was locked, another process took it for a leftover
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -48,7 +66,32 @@ def remove_leftovers(target: Path) -> None:
         with contextlib.suppress(OSError):
             with open(path, "rb") as file:
                 lock(file)
-            path.unlink()
+                if os.name != "nt":
+                    path.unlink()  # while it is locked: a process that has just made it sees that it is gone
+            path.unlink(missing_ok=True)  # Windows removes closed files only
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a file that exists meanwhile only, after waiting for the process that holds it. On disks that
+    know no locks nobody waits."""
+    while True:
+        with open(path, "ab") as file:
+            try:
+                lock(file)
+            except (BlockingIOError, PermissionError):
+                time.sleep(0.05)
+                continue
+            except OSError:
+                pass
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # whoever held the lock has removed the file since it was opened
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows: it stays
+                    path.unlink()
+            return
 
 
 def lock(file: IOBase) -> None:

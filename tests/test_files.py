@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from llm.files import fingerprint, replacing, sha256, tensor_problems, write_atomically
+from llm.files import fingerprint, replacing, sha256, tensor_problems, waiting_lock, write_atomically
 
 
 def test_readers_see_the_old_content_until_the_new_is_whole(tmp_path):
@@ -54,6 +54,40 @@ def test_two_processes_may_write_the_same_file_and_a_killed_one_leaves_nothing(t
         assert target.read_bytes() == (b"second" if killed else b"first")
     write_atomically(target, b"third")
     assert os.listdir(tmp_path) == ["tokens.npy"]
+
+
+def write_often(target, n):
+    for _ in range(n):
+        write_atomically(target, b"content")
+
+
+def test_many_writers_of_one_file_never_take_a_new_file_for_a_leftover(tmp_path):
+    fork, target = multiprocessing.get_context("fork"), tmp_path / "tokens.npy"
+    writers = [fork.Process(target=write_often, args=(target, 150)) for _ in range(6)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 6
+    assert os.listdir(tmp_path) == ["tokens.npy"]
+
+
+def test_a_waiting_lock_is_held_by_one_process_at_a_time_and_leaves_nothing(tmp_path):
+    fork, inside = multiprocessing.get_context("fork"), tmp_path / "inside"
+
+    def work():
+        for _ in range(30):
+            with waiting_lock(tmp_path / "lock"):
+                inside.touch(exist_ok=False)
+                inside.unlink()
+
+    workers = [fork.Process(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_fingerprint_is_size_and_sha256(tmp_path):

@@ -112,6 +112,83 @@ def test_invalid_utf8_is_replaced_and_counted_but_not_a_real_replacement_charact
     assert tally.invalid_utf8 == 3
 
 
+ENCODINGS = ["UTF-16-LE", "UTF-16-BE", "UTF-32-LE", "UTF-32-BE"]
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+@pytest.mark.parametrize("text", [some_text(30).decode(), "Жила-была маленькая девочка.<|endoftext|> " * 20])
+def test_utf16_and_utf32_are_refused_by_name_before_any_work(tmp_path, name, mark, text):
+    train, evaluation = write_texts(tmp_path, (mark + text).encode(name))
+    with pytest.raises(ValueError, match=rf"train\.txt is {name}.*must be UTF-8.*iconv -f {name} -t UTF-8"):
+        pre_tokenize(train, evaluation, tmp_path / "out", 300)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_of_utf8_is_not_part_of_the_first_story(tmp_path):
+    assert read(tmp_path, "\ufeffOne<|endoftext|>Two\ufeff".encode())[0] == ["One", "Two\ufeff"]
+    assert read(tmp_path, b"\xef\xbb")[1].invalid_utf8 == 1
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_text_that_is_hardly_utf8_stops_with_a_question_that_a_flag_answers(tmp_path, monkeypatch, late):
+    latin = ("Die Bären mögen süße Äpfel.<|endoftext|>\n" * 60).encode("latin-1")
+    train, evaluation = write_texts(tmp_path, some_text(10) + latin if late else latin)
+    if late:
+        monkeypatch.setattr(stories, "READ_BYTES", 4_000)  # the first block is good
+    arguments = ["--train", train, "--eval", evaluation, "--out", tmp_path / "out", "--vocab-size", 300]
+    with pytest.raises(SystemExit, match=r"train\.txt has .*invalid UTF-8.*another encoding.*--allow-invalid-utf8"):
+        command.main([str(word) for word in arguments])
+    assert not (tmp_path / "out" / "tinystories_tokens.json").exists()
+    command.main([str(word) for word in [*arguments, "--allow-invalid-utf8"]])
+    assert (tmp_path / "out" / "tinystories_tokens.json").exists()
+
+
+def at_once(n: int, *words: object) -> list[int]:
+    """The exit statuses of n processes that were started together."""
+    running = [
+        subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(n)
+    ]
+    return [process.wait() for process in running]
+
+
+MAKE = "import sys; from llm.data.sample import make_sample; from llm.data.files import open_tokens\n"
+MAKE += "folder = sys.argv[1]\nfor _ in range(int(sys.argv[2])): make_sample(folder, 400); open_tokens(folder)"
+
+
+def test_several_first_runs_at_once_make_the_data_once_and_all_can_read_them(tmp_path):
+    assert at_once(4, "-c", MAKE, tmp_path / "new", 1) == [0] * 4
+    assert at_once(4, "-c", MAKE, tmp_path / "new", 4) == [0] * 4  # again and again, on complete data
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
+        [*OUTPUTS, "sample_train.txt", "sample_eval.txt"]
+    )
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """As if every folder were read-only, even for root, who may write anywhere."""
+
+    def freeze():
+        def refuse(path, mode="r", *rest, **more):
+            if set(mode) & set("wax+"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, mode, *rest, **more)
+
+        real = open
+        monkeypatch.setattr("builtins.open", refuse)
+
+    return freeze
+
+
+def test_complete_data_that_are_read_only_are_accepted(tmp_path, read_only, capsys):
+    make_sample(tmp_path, 400)
+    read_only()
+    make_sample(tmp_path, 400)
+    assert capsys.readouterr().out.count("Nothing to do") == 1
+    with pytest.raises(OSError, match=r"cannot write in --out"):
+        make_sample(tmp_path, 401)
+
+
 @pytest.mark.parametrize("read_bytes", range(1, 30))
 def test_a_read_block_may_end_anywhere(tmp_path, monkeypatch, read_bytes):
     raw = "\nÉine <|endo Geschichte<|endoftext|>\n<|endoftext|>zwei€<|endoftext|> drei <|endoftext".encode()

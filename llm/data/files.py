@@ -17,7 +17,8 @@ from llm.files import sha256
 TOKENIZER_FILE = "tokenizer-bpe.json"
 SIDE_FILE = "tinystories_tokens.json"
 ARRAY_FILES = {"train": "tinystories_train_tokens.npy", "eval": "tinystories_eval_tokens.npy"}
-FORMAT = 2  # in the side file; raised when the same text would give other arrays
+LOCK_FILE = "tinystories_tokens.lock"  # held while the others are written
+FORMAT = 3  # in the side file; raised when the same text would give other arrays
 
 THREE_WAYS = (
     "Three ways to get data:\n"

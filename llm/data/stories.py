@@ -2,12 +2,14 @@
 
 A story is the text between two `<|endoftext|>`. It is stripped at both ends (`str.strip`), and its inside stays as it
 is: CRLF, NUL and blanks are kept. Empty stories are dropped and counted. Each invalid UTF-8 sequence becomes U+FFFD and
-is counted. A file without a separator is one story. A long story is read in pieces, so the memory needed depends on
-neither the size of the file nor the length of a story.
+is counted. A UTF-8 byte-order mark at the beginning of the file is skipped; UTF-16, UTF-32 and text that is hardly
+UTF-8 are refused. A file without a separator is one story. A long story is read in pieces, so the memory needed depends
+on neither the size of the file nor the length of a story.
 
 Stories are bytes of valid UTF-8, not `str`: a gigabyte holds more than a million stories, and ASCII needs no decoding.
 """
 
+import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +25,13 @@ READ_BYTES = 4 << 20  # about 5,000 stories
 LONGEST_PIECE = 16 << 10  # bytes; TinyStories' stories are shorter and stay whole
 ASCII_BLANKS = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # those of str.strip; bytes.strip would leave the last four
 UP_TO_A_WORD_END = re.compile(rb".*[!-~\xb0-\xbf](?=[ \n])", re.DOTALL)  # no blank ends in such a byte
+MANY_INVALID = 0.005  # invalid sequences a byte; German in Latin-1 has 0.02
+MARKS = {  # a file that begins with one of these; that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32-LE",
+    codecs.BOM_UTF32_BE: "UTF-32-BE",
+    codecs.BOM_UTF16_LE: "UTF-16-LE",
+    codecs.BOM_UTF16_BE: "UTF-16-BE",
+}
 
 
 @dataclass
@@ -34,6 +43,46 @@ class Tally:
     story_bytes: int = 0
     empty_stories: int = 0
     invalid_utf8: int = 0
+
+
+def check_encoding(path: Path, allow_invalid_utf8: bool = False) -> None:
+    """Look at the first bytes of a text. Raises ValueError for UTF-16 and UTF-32, by name, and for text that is hardly
+    UTF-8, unless `allow_invalid_utf8`."""
+    with open(path, "rb") as file:
+        raw = file.read(READ_BYTES)
+    if name := wide_encoding(raw):
+        raise ValueError(
+            f"{path} is {name}, and the stories must be UTF-8: convert it (iconv -f {name} -t UTF-8 {path} > new.txt)"
+        )
+    tally = Tally()
+    clean(raw, tally, begun=False)
+    check_share(path, tally.invalid_utf8, len(raw), allow_invalid_utf8)
+
+
+def wide_encoding(raw: bytes) -> str | None:
+    """UTF-16 or UTF-32 by its mark or, without one, by its zeros: in UTF-16 nearly all are the first or nearly all the
+    second bytes of their pairs, in UTF-32 two of four bytes are zeros. None for other text."""
+    for mark, name in MARKS.items():
+        if raw.startswith(mark):
+            return name
+    sample = np.frombuffer(raw[: 1 << 16], np.uint8)
+    fourths = [np.count_nonzero(sample[place::4] == 0) for place in range(4)]
+    if sum(fourths) < max(16, 0.02 * len(sample)):
+        return None
+    if min(high := fourths[2:]) >= len(sample) // 4 or min(high := fourths[:2]) >= len(sample) // 4:
+        return "UTF-32-LE" if high == fourths[2:] else "UTF-32-BE"
+    first, second = fourths[0] + fourths[2], fourths[1] + fourths[3]
+    return "UTF-16-LE" if second > 10 * first else "UTF-16-BE" if first > 10 * second else None
+
+
+def check_share(path: Path, invalid: int, n_bytes: int, allowed: bool) -> None:
+    """Raises ValueError where too much of a text is not UTF-8, unless that is `allowed`."""
+    if not allowed and invalid > max(100, MANY_INVALID * n_bytes):
+        raise ValueError(
+            f"{path} has {invalid:,} invalid UTF-8 sequences in {n_bytes:,} bytes. Is it text in another encoding, or "
+            f"not text at all? Convert it (such as iconv -f LATIN1 -t UTF-8 {path} > new.txt), or give "
+            "--allow-invalid-utf8 to train on it, with U+FFFD in place of each"
+        )
 
 
 def cut(raw: bytes) -> list[bytes]:
@@ -61,6 +110,8 @@ def raw_blocks(file: BinaryIO, bar: tqdm) -> Iterator[tuple[bytes, bool]]:
     A part never ends in blanks: the story may end there, and would have to be stripped.
     """
     rest, unfinished = b"", False
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(0)
     while read := file.read(READ_BYTES):
         bar.update(len(read))
         raw = rest + read

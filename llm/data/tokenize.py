@@ -17,37 +17,51 @@ from tokenizers import Tokenizer
 
 from llm.data import encoding
 from llm.data.encoding import text_encoder
-from llm.data.files import ARRAY_FILES, FORMAT, SIDE_FILE, THREE_WAYS, TOKENIZER_FILE, token_bytes
+from llm.data.files import ARRAY_FILES, FORMAT, LOCK_FILE, SIDE_FILE, THREE_WAYS, TOKENIZER_FILE, token_bytes
 from llm.data.prefetch import prefetch
-from llm.data.stories import END_OF_TEXT, Tally, read_stories
+from llm.data.stories import END_OF_TEXT, Tally, check_encoding, check_share, read_stories
 from llm.data.vocabulary import learn_tokenizer, progress
-from llm.files import DISK_FULL, fingerprint, replacing, write_atomically
+from llm.files import DISK_FULL, fingerprint, new_file, replacing, waiting_lock, write_atomically
 
 
-def pre_tokenize(train: Path, eval: Path, out: Path, vocab_size: int = 10_000) -> dict:
+def pre_tokenize(
+    train: Path, eval: Path, out: Path, vocab_size: int = 10_000, allow_invalid_utf8: bool = False
+) -> dict:
     """Learn the tokenizer on `train`, encode both files, write all into `out`; return the content of the side file.
 
     The side file is written last and has the SHA-256 of all the others, so a folder is complete only where the two
-    agree. A second call with the same inputs does nothing. After an interruption all files are written again, with the
-    same bytes. Raises FileNotFoundError, ValueError and OSError, before any work where it can, and OSError when the
-    disk is full.
+    agree. A second call with the same inputs does nothing, so complete data may be read-only. Of several calls at once
+    one does the work, and the others wait for it. After an interruption all files are written again, with the same
+    bytes. `allow_invalid_utf8` accepts text that is hardly UTF-8. Raises FileNotFoundError, ValueError and OSError,
+    before any work where it can, and OSError when the disk is full.
     """
     sources, out = {"train": Path(train), "eval": Path(eval)}, Path(out)
-    check_inputs(sources, out, vocab_size)
+    check_inputs(sources, vocab_size, allow_invalid_utf8)
     inputs = {"format": FORMAT, "vocab_size": vocab_size} | {split: record(p) for split, p in sources.items()}
     if is_finished(out, inputs):
-        print(f"{out} is complete: its arrays and its tokenizer belong to these files. Nothing to do.")
-        return json.loads((out / SIDE_FILE).read_text(encoding="utf-8"))
-    (out / SIDE_FILE).unlink(missing_ok=True)
-    try:
-        return write_all(sources, out, inputs)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise disk_full(sources, out) from error
+        return finished(out)
+    check_writable(out)
+    with waiting_lock(out / LOCK_FILE):
+        if is_finished(out, inputs):
+            return finished(out)
+        if shutil.disk_usage(out).free < space_needed(sources):
+            raise disk_full(sources, out)
+        (out / SIDE_FILE).unlink(missing_ok=True)
+        try:
+            return write_all(sources, out, inputs, allow_invalid_utf8)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise disk_full(sources, out) from error
 
 
-def check_inputs(sources: dict[str, Path], out: Path, vocab_size: int) -> None:
+def finished(out: Path) -> dict:
+    """Say that nothing is to be done; return the content of the side file."""
+    print(f"{out} is complete: its arrays and its tokenizer belong to these files. Nothing to do.")
+    return json.loads((out / SIDE_FILE).read_text(encoding="utf-8"))
+
+
+def check_inputs(sources: dict[str, Path], vocab_size: int, allow_invalid_utf8: bool) -> None:
     """Raise at once what would stop the work later; the error names the flag or command that mends it."""
     if vocab_size < 257:
         raise ValueError(f"--vocab-size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need at least 257")
@@ -56,16 +70,19 @@ def check_inputs(sources: dict[str, Path], out: Path, vocab_size: int) -> None:
             raise FileNotFoundError(f"--{split} {path} not found. {THREE_WAYS}")
         if path.stat().st_size == 0:
             raise ValueError(f"--{split} {path} is empty")
+        check_encoding(path, allow_invalid_utf8)
     if sources["train"].samefile(sources["eval"]):
         raise ValueError(f"--train and --eval are the same file, {sources['train']}: the loss on it would mean nothing")
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder `out`; raise OSError where nothing can be written in it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / ".writable", b"")
-        (out / ".writable").unlink(missing_ok=True)
+        with new_file(out / ".writable") as file:
+            Path(file.name).unlink()
     except OSError as error:
         raise OSError(f"cannot write in --out {out} ({error.strerror}); give another directory") from error
-    if shutil.disk_usage(out).free < space_needed(sources):
-        raise disk_full(sources, out)
 
 
 def space_needed(sources: dict[str, Path]) -> int:
@@ -95,7 +112,7 @@ def record(path: Path) -> dict:
     return {"name": path.name} | fingerprint(path)
 
 
-def write_all(sources: dict[str, Path], out: Path, inputs: dict) -> dict:
+def write_all(sources: dict[str, Path], out: Path, inputs: dict, allow_invalid_utf8: bool) -> dict:
     """Write the tokenizer, the arrays and at last the side file; print the closing table."""
     if encoding.gigatoken is None:
         print("gigatoken is not installed (pip install gigatoken): tokenizers does its work, much slower")
@@ -106,7 +123,7 @@ def write_all(sources: dict[str, Path], out: Path, inputs: dict) -> dict:
     encode = text_encoder(tokenizer)
     for split, source in sources.items():
         start = time.perf_counter()
-        tallies[split] = write_tokens(source, out / ARRAY_FILES[split], tokenizer, encode)
+        tallies[split] = write_tokens(source, out / ARRAY_FILES[split], tokenizer, encode, allow_invalid_utf8)
         seconds[split] = time.perf_counter() - start
     side = {
         "vocab_size": tokenizer.get_vocab_size(),
@@ -119,11 +136,14 @@ def write_all(sources: dict[str, Path], out: Path, inputs: dict) -> dict:
     return side
 
 
-def write_tokens(source: Path, target: Path, tokenizer: Tokenizer, encode: Callable) -> Tally:
+def write_tokens(
+    source: Path, target: Path, tokenizer: Tokenizer, encode: Callable, allow_invalid_utf8: bool = False
+) -> Tally:
     """Encode the stories of `source` into the 1-D array `target`, in the smallest unsigned dtype for the vocabulary.
 
     `encode` is what `text_encoder(tokenizer)` returns. Raises ValueError where `source` has no story, where an id is
-    outside the vocabulary, and where the tokens do not stand for as many bytes as the text has.
+    outside the vocabulary, where the tokens do not stand for as many bytes as the text has, and where much of the text
+    is not UTF-8, unless `allow_invalid_utf8`.
     """
     tally, lengths = Tally(), token_bytes(tokenizer).astype(np.int32)
     dtype, end_of_text = np.min_scalar_type(len(lengths) - 1), tokenizer.token_to_id(END_OF_TEXT)
@@ -139,6 +159,7 @@ def write_tokens(source: Path, target: Path, tokenizer: Tokenizer, encode: Calla
             tally.story_bytes += n_bytes
         if tally.stories == 0:
             raise ValueError(f"{source} holds no story: it has nothing but blanks and separators")
+        check_share(source, tally.invalid_utf8, tally.story_bytes, allow_invalid_utf8)
         write_header(file, dtype, tally.tokens)
     return tally
 

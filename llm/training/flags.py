@@ -13,6 +13,7 @@ from torch import OutOfMemoryError
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from llm.config import ModelConfig, TrainConfig
+from llm.console import console
 from llm.data.files import Data
 from llm.data.sample import make_sample
 from llm.training.checkpoint import CheckpointError
@@ -64,7 +65,10 @@ def parse_arguments(Config: type[ModelConfig], arguments: list[str] | None = Non
     if sample and flags.train.data == SAMPLE["data"]:
         ranks = Ranks.current()
         if ranks.is_first:
-            make_sample(flags.train.data)
+            try:
+                make_sample(flags.train.data)
+            except OSError as error:
+                raise ValueError(f"{error}: name a folder of data with --data, or run where one can write") from error
         ranks.wait()
     given = any(re.match(r"--model\.vocab[-_]size\b", argument) for argument in arguments)
     return Settings(flags.model, flags.train, given)
@@ -75,6 +79,7 @@ def command(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | No
     can mend is printed in one line, and the exit status is 2."""
 
     @functools.wraps(main)
+    @console()
     @record
     def run(arguments: list[str] | None = None) -> Any:
         join_ranks()
