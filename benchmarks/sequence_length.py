@@ -24,6 +24,7 @@ from llm.modules.attention import multi_head
 from llm.modules.attention.core import explicit_attention
 from llm.modules.cache import Places
 from llm.modules.masks import Mask, visibility
+from llm.training.curve import new_figure, try_to_draw
 from llm.training.device import find_machine
 
 ATTENTION = (
@@ -96,10 +97,10 @@ def measure(name: str, length: int, flags: Arguments) -> dict | None:
 
 def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
     """Two panels on logarithmic axes: time and memory against length."""
-    import matplotlib.pyplot as plt
+    figure = new_figure(figsize=(13, 5.5), layout="constrained")
+    from matplotlib import colormaps
 
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
+    panels, colours = figure.subplots(1, 2), colormaps["tab20"].colors
     for panel, what, factor, label in zip(
         panels,
         ("seconds", "memory"),
@@ -140,8 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(results, "seconds", lambda s: f"{s * 1000:,.0f}"))
     print("\nMiB that the step adds:\n")
     print(table(results, "memory", lambda n: f"{n / 2**20:,.0f}"))
-    draw(results, flags.picture)
-    print(f"\ndrawn in {flags.picture}")
+    try_to_draw(draw, results, flags.picture)
 
 
 if __name__ == "__main__":

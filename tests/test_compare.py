@@ -1,6 +1,8 @@
 """Tables and pictures of finished runs; and the loss at each position."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
+from training import ROOT
 
 from llm.analysis.compare import check_fair, main, name_apart, read_run, table
 from llm.config import TrainConfig
@@ -67,6 +70,37 @@ def test_the_command_writes_a_table_and_a_picture_and_leaves_other_folders_out(t
     assert text in capsys.readouterr().out
     assert "| rope | 1 |" in text
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+PICTURES = """
+import sys; sys.path.insert(0, "train_scripts")
+import torch, extend_context, llm.analysis.plot_initialization
+from pathlib import Path
+from llm.analysis.compare import main
+from llm.training.curve import draw_losses
+out = Path(sys.argv[1])
+main([str(out / "baseline"), "--out", str(out)])
+draw_losses([], out / "loss.png", "x")
+extend_context.draw({"no scaling": torch.ones(32)}, out / "context.png", 16)
+one = llm.analysis.plot_initialization.Profile([1.0, 1.0], [1.0, 1.0], 1.0)
+llm.analysis.plot_initialization.draw_scales({"a": one}, out / "scales.png", "x")
+"""
+
+
+def test_in_a_notebooks_environment_every_picture_is_drawn(tmp_path):
+    """Jupyter sets MPLBACKEND for every child, and the backend may not be installed where the child runs."""
+    write_run(tmp_path / "baseline", "baseline", 3.5)
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_of_another_environment"}
+    subprocess.run([sys.executable, "-c", PICTURES, tmp_path], cwd=ROOT, env=environment, check=True)
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_a_picture_that_fails_costs_one_line_and_the_table_is_there(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "baseline", "baseline", 3.5)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    main([str(run), "--out", str(tmp_path)])
+    assert "no comparison.png: ModuleNotFoundError" in capsys.readouterr().out
+    assert (tmp_path / "comparison.md").exists()
 
 
 def test_runs_that_were_trained_differently_are_refused_by_name(tmp_path):

@@ -15,7 +15,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
 import train_rope
 import tyro
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from llm.console import console
 from llm.data.files import open_tokens
 from llm.data.windows import eval_windows
 from llm.files import replacing, write_atomically
@@ -36,6 +36,7 @@ from llm.modules.position_encoding.context_extension import (
     YaRN,
 )
 from llm.modules.position_encoding.rope import RoPE, Scaling
+from llm.training.curve import new_figure, try_to_draw
 from llm.training.device import find_device
 
 
@@ -101,12 +102,10 @@ def table(losses: dict[str, Tensor], short: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(losses: dict[str, Tensor], short: int, path: Path) -> None:
+def draw(losses: dict[str, Tensor], path: Path, short: int) -> None:
     """Draw the loss against the position, averaged over a sixteenth of the text."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     for name, loss in losses.items():
         width = max(1, len(loss) // 16)
         smooth = loss.unfold(0, width, 1).mean(-1)
@@ -120,9 +119,9 @@ def draw(losses: dict[str, Tensor], short: int, path: Path) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     with replacing(path) as picture:
         figure.savefig(picture, format="png", dpi=140)
-    pyplot.close(figure)
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -136,8 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
     losses = {name: loss_as_texts_grow(model, windows, scaling, flags.short) for name, scaling in progress}
     text = table(losses, flags.short)
     write_atomically(flags.out / "context.md", text.encode())
-    draw(losses, flags.short, flags.out / "context.png")
-    print(f"\n{text}\nwritten to {flags.out / 'context.md'}, drawn in {flags.out / 'context.png'}")
+    print(f"\n{text}\nwritten to {flags.out / 'context.md'}")
+    try_to_draw(draw, losses, flags.out / "context.png", flags.short)
 
 
 if __name__ == "__main__":

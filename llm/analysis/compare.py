@@ -16,7 +16,9 @@ from pathlib import Path
 
 import tyro
 
+from llm.console import console
 from llm.files import replacing, write_atomically
+from llm.training.curve import new_figure, try_to_draw
 from llm.training.run_directory import RunDirectoryError, existing_config, read_metrics
 
 HEADER = "| model | seeds | parameters (active) | MFLOPs / token | eval loss | bits / byte | tokens / s "
@@ -141,11 +143,6 @@ IN_A_PANEL = 9  # more curves are hard to tell apart
 def draw(results: list[Result], path: Path) -> None:
     """Draw the eval loss of every run against its training tokens, in panels of a few models in the order given. The
     first model, the reference, is black in each panel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     curves = defaultdict(list)
     for result in results:
         curves[result.name].append([(e["tokens"] / 1e6, e["eval_loss"]) for e in result.evaluations if e["tokens"]])
@@ -153,9 +150,8 @@ def draw(results: list[Result], path: Path) -> None:
     n_panels = max(1, math.ceil(len(others) / IN_A_PANEL))
     n_columns = min(3, n_panels)
     n_rows = math.ceil(n_panels / n_columns)
-    figure, panels = pyplot.subplots(
-        n_rows, n_columns, figsize=(1 + 5 * n_columns, 4.5 * n_rows), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = new_figure(figsize=(1 + 5 * n_columns, 4.5 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False)
     for number, panel in enumerate(panels.flat):
         if number >= n_panels:
             panel.remove()
@@ -172,7 +168,6 @@ def draw(results: list[Result], path: Path) -> None:
         panel.set_ylabel("eval loss, nats per token")
     with replacing(path) as picture:
         figure.savefig(picture, format="png", dpi=110)
-    pyplot.close(figure)
 
 
 @dataclass(frozen=True)
@@ -185,6 +180,7 @@ class Arguments:
     """Folder for comparison.md and comparison.png."""
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments, prog="python -m llm.compare")
@@ -201,5 +197,5 @@ def compare(results: list[Result], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = table(results)
     write_atomically(out / "comparison.md", text.encode())
-    draw(results, out / "comparison.png")
-    print(f"{text}\nwritten to {out / 'comparison.md'}, curves in {out / 'comparison.png'}")
+    print(f"{text}\nwritten to {out / 'comparison.md'}")
+    try_to_draw(draw, results, out / "comparison.png")

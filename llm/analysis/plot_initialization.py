@@ -15,15 +15,16 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from llm.config import check_positive
+from llm.console import console
 from llm.data.files import open_tokens
 from llm.files import replacing
 from llm.models import MODELS
 from llm.models.transformer import Transformer
 from llm.modules.initialization import SCHEMES
+from llm.training.curve import new_figure, try_to_draw
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Profile:
     loss: float
 
 
+@console()
 def main(arguments: list[str] | None = None) -> dict[str, Profile]:
     a = tyro.cli(Arguments, args=arguments, prog="python -m llm.plot_initialization")
     tokens, vocab_size = read_tokens(a)
@@ -74,8 +76,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Profile]:
         torch.manual_seed(a.seed)
         profiles[scheme] = profile(Model(Model.Config(**{**small, **sizes}, initialization=scheme)), tokens)
     print(scale_table(profiles))
-    draw_scales(profiles, f"{a.model}, {a.n_layers} layers, d_model {a.d_model}, step 0", a.out)
-    print(f"\npicture: {a.out}")
+    title = f"{a.model}, {a.n_layers} layers, d_model {a.d_model}, step 0"
+    try_to_draw(draw_scales, profiles, a.out, title)
     return profiles
 
 
@@ -124,9 +126,9 @@ def scale_table(profiles: dict[str, Profile]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def draw_scales(profiles: dict[str, Profile], title: str, path: Path) -> None:
+def draw_scales(profiles: dict[str, Profile], path: Path, title: str) -> None:
     """Activations on the left, gradients on the right, both on a logarithmic axis."""
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    figure = new_figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     figure.suptitle(title)
     panels = {"activations": "residual stream", "gradients": "gradient of the loss"}
     for axes, (field, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):

@@ -1,20 +1,25 @@
-"""loss.png: the losses of a run against the tokens it was trained on."""
+"""loss.png: the losses of a run against the tokens it was trained on; and what every picture here has in common."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm.files import replacing
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def draw_losses(metrics: list[dict], file: Path, title: str) -> None:
     """Draw the loss of each logged step, its running mean, and the eval loss."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    figure = new_figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     from matplotlib.ticker import EngFormatter
 
     train = series(metrics, "loss")
     evaluation = series(metrics, "eval_loss")
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(*train, color="#9ecae1", linewidth=0.8, label="train, each logged step")
     axes.plot(*running_mean(*train), color="#08519c", linewidth=1.8, label="train, running mean")
@@ -29,6 +34,31 @@ def draw_losses(metrics: list[dict], file: Path, title: str) -> None:
     axes.legend(frameon=False)
     with replacing(file) as picture:
         figure.savefig(picture, format="png")
+
+
+def new_figure(**options: Any) -> "Figure":
+    """An empty figure of matplotlib, without pyplot: no window and no global state.
+
+    MPLBACKEND is not read. In a notebook's environment it names a backend that only the notebook's own Python may have,
+    and matplotlib could not even be imported.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure(**options)
+
+
+def try_to_draw(draw: Callable[..., None], what: object, path: Path, *more: object) -> None:
+    """`draw(what, path, *more)`. No picture stops a command: where it fails, one line says so."""
+    try:
+        draw(what, path, *more)
+    except Exception as error:
+        print(f"no {path.name}: {type(error).__name__}: {error}")
+    else:
+        print(f"drawn in {path}")
 
 
 def series(metrics: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
