@@ -83,7 +83,7 @@ main([str(out / "baseline"), "--out", str(out)])
 draw_losses([], out / "loss.png", "x")
 extend_context.draw({"no scaling": torch.ones(32)}, out / "context.png", 16)
 one = llm.analysis.plot_initialization.Profile([1.0, 1.0], [1.0, 1.0], 1.0)
-llm.analysis.plot_initialization.draw_scales({"a": one}, out / "scales.png", "x")
+llm.analysis.plot_initialization.draw_scales(dict.fromkeys("abcde", one), out / "scales.png", "x")
 """
 
 

@@ -1,5 +1,7 @@
 """What each optimiser does to which parameter, and that a run with Muon goes on exactly."""
 
+import re
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -8,7 +10,7 @@ from training import evaluations, losses, same_weights, train_baseline, write_co
 from llm.config import TrainConfig
 from llm.models import MODELS
 from llm.training.checkpoint import find_checkpoints
-from llm.training.optim import fit_groups, make_optimizer
+from llm.training.optim import fit_groups, make_optimizer, split_by_decay
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,21 @@ def test_muon_takes_the_matrices_of_the_blocks_and_every_parameter_has_one_optim
     projections = [p for n, p in model.blocks.named_parameters() if n.endswith("o_proj.weight")]
     assert projections
     assert {owner[id(p)] for p in projections} == {"muon"}
+
+
+MATRIX = r".*(_proj|router|tok_embed|table|lm_head)\.weight|.*experts\.\w+_proj"
+VECTOR = r".*norm\.(weight|bias)|.*\.bias|.*_bias|.*\.sinks|.*mixer\.[uv]"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_role_of_every_parameter_decides_whether_it_decays_not_its_number_of_axes(name):
+    """Matrices of a product and embeddings decay; gains, biases, sinks and Transformer-XL's u and v do not."""
+    model = tiny_model(name)
+    decaying = set(map(id, split_by_decay(model)[0]))
+    for parameter_name, parameter in model.named_parameters():
+        is_matrix, is_vector = (re.fullmatch(role, parameter_name) is not None for role in (MATRIX, VECTOR))
+        assert is_matrix != is_vector, f"{parameter_name} has no role here: say which in MATRIX or VECTOR"
+        assert (id(parameter) in decaying) == is_matrix, parameter_name
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (16, 64), (64, 16)])
