@@ -109,10 +109,12 @@ def test_a_text_ends_at_the_stop_token_and_the_others_go_on():
     assert steps == [[4, 5], [0, 6], [None, 0]]
 
 
-def test_a_prompt_that_fills_the_context_is_refused():
+def test_a_prompt_longer_than_the_context_is_refused_and_one_that_fills_it_gets_one_token():
     model = tiny_model("baseline")
-    with pytest.raises(ValueError, match=r"64 tokens.*max_seq_len = 64.*shorten"):
-        list(generate_tokens(model, [[1] * 64], 1, greedy, stop=0))
+    with pytest.raises(ValueError, match=r"65 tokens.*max_seq_len = 64.*shorten"):
+        list(generate_tokens(model, [[1] * 65], 1, greedy, stop=0))
+    expected = int(model(torch.ones(1, 64).long())[0, -1].argmax())
+    assert list(generate_tokens(model, [[1] * 64], 5, greedy, stop=0)) == [[expected]]
 
 
 def test_streamed_pieces_add_up_to_the_text_even_where_a_character_takes_several_tokens():

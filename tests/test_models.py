@@ -59,7 +59,7 @@ def test_greedy_generation_equals_recomputing_everything(model, tokens):
 
 def test_generation_stops_where_the_context_is_full(model, tokens):
     steps = list(model.generate(tokens, 1000, lambda logits: logits.argmax(-1)))
-    assert len(steps) == model.config.max_seq_len - tokens.shape[1]
+    assert len(steps) == model.config.max_seq_len - tokens.shape[1] + 1  # the last position predicts a token, too
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -186,7 +186,7 @@ def test_what_cannot_be_generated_is_said_in_a_line(run, tmp_path, monkeypatch, 
     said = as_a_command(monkeypatch, capsys, tmp_path / "nowhere")
     assert f"error: {tmp_path / 'nowhere'} holds no complete checkpoint" in said
     long = as_a_command(monkeypatch, capsys, run, "--prompt", "a long story " * 20)
-    assert "max_seq_len = 32 leaves no room" in long
+    assert "this model reads max_seq_len = 32" in long
     assert "top_p = 2.0 must lie in (0, 1] (--top-p)" in as_a_command(monkeypatch, capsys, run, "--top-p", 2)
     assert "'tpu' is no device" in as_a_command(monkeypatch, capsys, run, "--device", "tpu")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):

@@ -71,13 +71,13 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Continue prompts of different lengths in one batch; yields the next token of each, None after its end.
 
-    A text ends with a token of `stop`, which is yielded. Raises ValueError for a prompt that fills the context or
-    holds a token that the model does not have.
+    A text ends with a token of `stop`, which is yielded. Raises ValueError for a prompt longer than the context, or one
+    that holds a token that the model does not have.
     """
     stop = {stop} if isinstance(stop, int) else set(stop)
     longest, limit = max(map(len, prompts)), model.config.max_seq_len
-    if longest >= limit:
-        raise ValueError(f"a prompt has {longest} tokens, and max_seq_len = {limit} leaves no room: shorten it")
+    if longest > limit:
+        raise ValueError(f"a prompt has {longest} tokens, and this model reads max_seq_len = {limit}: shorten it")
     if (largest := max(map(max, prompts))) >= model.config.vocab_size:
         raise ValueError(
             f"a prompt holds token {largest}, and the embedding of this model ends at {model.config.vocab_size - 1}: "

@@ -39,7 +39,7 @@ def write(
     for row, stream in enumerate(streams):
         if piece := stream.end():
             on_text(row, piece)
-    if length == model.config.max_seq_len and any(token is not None and token not in stop for token in step):
+    if length > model.config.max_seq_len and any(token is not None and token not in stop for token in step):
         on_full()
     return [prompt + stream.written for prompt, stream in zip(prompts, streams, strict=True)]
 

@@ -141,12 +141,13 @@ class Transformer(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue prompts (B, T), left-padded by `padding` (B,) tokens; yields the next token of each prompt, (B,).
 
-        `sampler` turns logits (B, V) into tokens (B,). Stops after `max_new_tokens`, or at a length of max_seq_len.
+        `sampler` turns logits (B, V) into tokens (B,). Ends after `max_new_tokens`, or with the token that follows a full
+        context: the model reads at most max_seq_len tokens, and the last one predicts one more.
         """
         length, limit = tokens.shape[1], self.config.max_seq_len
         n_slots = slots_for(length, limit)
         cache = self.make_cache(len(tokens), n_slots, padding)
-        for n in range(length, min(length + max_new_tokens, limit)):
+        for n in range(length, min(length + max_new_tokens, limit + 1)):
             if n > n_slots:
                 n_slots = slots_for(n, limit)
                 cache = self.make_cache(len(tokens), n_slots).copy_from(cache)
