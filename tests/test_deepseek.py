@@ -179,7 +179,7 @@ def test_a_checkpoint_in_fp8_is_what_transformers_makes_of_it(tmp_path, monkeypa
     "family, changes, named",
     [
         (V3, {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
-        (V3, {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        (V3, {"norm_topk_prob": 0}, "norm_topk_prob to 0"),
         (V3, {"rope_interleave": False}, "rope_interleave = False"),
         (V3, {"num_key_value_heads": 1}, "num_key_value_heads = 1"),
         (V2, {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),

@@ -95,7 +95,7 @@ def test_a_pattern_that_transformers_only_notes_down_counts_here_as_little(tmp_p
 @pytest.mark.parametrize(
     "architecture, fields, message",
     [
-        ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "attn_logit_softcapping to null"),
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping to .50.*a number"),
         ("Gemma2ForCausalLM", {"sliding_window": None}, "sliding_window to null"),
         ("Gemma2ForCausalLM", {"attention_bias": True}, "attention_bias"),
         ("Gemma2ForCausalLM", {"layer_types": [LOCAL, GLOBAL]}, "layer_types = .*: 3 layers need a list of 3"),

@@ -133,8 +133,8 @@ def test_a_dense_layer_outside_the_model_is_an_error_that_names_the_flag():
     "family, field, value",
     [
         (MIXTRAL, "hidden_act", "gelu"),
-        (QWEN, "attention_bias", True),
-        (QWEN, "use_sliding_window", True),
+        (QWEN, "attention_bias", "yes"),
+        (QWEN, "use_sliding_window", 1),
         (QWEN, "shared_expert_intermediate_size", 16),
         (QWEN, "decoder_sparse_step", None),
         (QWEN, "decoder_sparse_step", 0),

@@ -37,6 +37,8 @@ class Arguments:
     """Stop after so many tokens, where the story has not ended before."""
     temperature: float = 0.8
     """Below 1 keeps to the likelier tokens; 0 takes the likeliest each time."""
+    max_seq_len: int | None = None
+    """Longest text that the model reads, prompt included; where it is not given, as the model was made or published."""
     top_k: int | None = None
     """Draw among the k likeliest tokens only."""
     top_p: float | None = 0.95
@@ -51,6 +53,8 @@ class Arguments:
 
     def __post_init__(self):
         self.sampler(0)
+        if self.max_seq_len is not None and self.max_seq_len < 1:
+            raise ValueError(f"max_seq_len = {self.max_seq_len} must be at least 1 (--max-seq-len)")
         if self.samples < 1 or self.max_new_tokens < 1:
             raise ValueError("samples and max_new_tokens must be at least 1 (--samples, --max-new-tokens)")
         for prompt in self.prompt:
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: stream one story, or print several, each under its number."""
     flags = tyro.cli(Arguments, args=arguments, prog="python -m llm.generate")
     device = find_device(flags.device)
-    model, tokenizer = load_run(flags.path, device)
+    model, tokenizer = load_run(flags.path, device, flags.max_seq_len)
     if wants_compiling(flags.compile, device):
         compile_decoding(model, insist=flags.compile == "on")
     prompts = [prompt for prompt in flags.prompt or ("Once upon a time",) for _ in range(flags.samples)]

@@ -50,6 +50,8 @@ class Operation:
 
     load: Callable[[Tensors], Tensors]
     save: Callable[[Tensors], Tensors]
+    bind: Callable[[Tensors], "Operation"] | None = None
+    """Our tensors -> the operation, where their sizes decide what `load` does."""
 
     def then(self, other: "Operation") -> "Operation":
         """Loading applies this operation and then `other`; saving applies their inverses in reverse order."""
@@ -64,6 +66,19 @@ transpose = Operation(lambda theirs: [x.mT for x in theirs], lambda ours: [x.mT 
 def split(n: int, dim: int = 0) -> Operation:
     """Their tensor is n of our tensors of equal size, concatenated along `dim`."""
     return Operation(lambda theirs: theirs[0].chunk(n, dim), lambda ours: [cat(list(ours), dim)])
+
+
+def split_as_ours(dim: int = 0) -> Operation:
+    """One tensor of theirs holds several of ours, one after the other along `dim`, each as large as ours is."""
+
+    def save(ours: Tensors) -> Tensors:
+        return [cat(list(ours), dim)]
+
+    def bind(ours: Tensors) -> Operation:
+        sizes = [x.shape[dim] for x in ours]
+        return Operation(lambda theirs: theirs[0].split(sizes, dim), save)
+
+    return Operation(lambda theirs: theirs, save, bind)
 
 
 def join(n: int, dim: int = 0) -> Operation:
@@ -122,7 +137,9 @@ def fill_in(row: Row, name: str, tensors: Mapping[str, Tensor]) -> Iterator[Step
         return
     for expert in range(len(tensors[name])) if sliced else (None,):
         values = {**match.groupdict(), "expert": expert}
-        yield Step([(write_in(t, values), expert) for t in bare], [write_in(t, values) for t in theirs], operation)
+        names = [write_in(t, values) for t in bare]
+        filled = operation.bind([tensors[name] for name in names]) if operation.bind else operation
+        yield Step([(name, expert) for name in names], [write_in(t, values) for t in theirs], filled)
 
 
 def parts(tensors: Mapping[str, Tensor], step: Step) -> list[Tensor]:
@@ -167,7 +184,11 @@ class Published:
     ignored: frozenset[str] = frozenset()
     """Their fields that do not affect this model, in addition to those that affect no model (IRRELEVANT)."""
     ignored_weights: Callable[[Mapping[str, Any]], str] = lambda config: ""
-    """Their config -> regular expression of tensors that the checkpoint may have but we skip, such as stored masks."""
+    """Their config -> regular expression of tensors that may be there but are not needed, such as stored masks."""
+    fixed_length: bool = False
+    """Whether positions are a table of weights, so that the model reads as many tokens as it was made for."""
+    unwrap: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
+    """config.json -> the part of it that describes this model, of one that sees images, too."""
     read: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda left, ours: {}
     """(their fields not read yet, our fields so far) -> more of our fields; it removes the fields it reads."""
     write: Callable[[Any], dict[str, Any]] = lambda config: {}
@@ -185,8 +206,13 @@ IRRELEVANT = re.compile(
     r"do_sample|temperature|top_[kp]|typical_p|(min|max)(_new)?_(length|tokens)|(repetition|length|diversity)_penalty|"
     r"(encoder_)?no_repeat_ngram_size|num_(beams|beam_groups|return_sequences)|early_stopping|"
     # fields that other programs add: nanotron, unsloth, transformers.js, the first LLaMA conversions
-    r"is_llama_config|unsloth_\w+|transformers\.js_config|(tokenizer_)?model_max_length|max_sequence_length"
+    r"internal_version|is_llama_config|unsloth_\w+|transformers\.js_config|(tokenizer_)?model_max_length|"
+    r"max_sequence_length"
 )
+
+
+NUMBERS = {"soft_cap", "logit_soft_cap"}
+"""Our fields that are numbers although their default may be null."""
 
 
 def read_config(published: Published, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,12 +220,14 @@ def read_config(published: Published, config: Mapping[str, Any]) -> dict[str, An
 
     Raises PretrainedError for a value that our model does not support, and for an unknown field that is set.
     """
-    left, ours = dict(config), {}
+    left, ours = dict(published.unwrap(config)), {}
+    if left.get("activation") == left.get("hidden_act"):
+        left.pop("activation", None)  # the same a second time
     for name, their_name, default in published.fields:
         value = left.pop(their_name, default)
         if isinstance(default, str) and value in (None, default):
             value = ours[default]
-        kind = type(default) if isinstance(default, bool | float) else int
+        kind = float if name in NUMBERS else type(default) if isinstance(default, bool | float) else int
         check_kind(their_name, value, kind, nullable=default is None or their_name in published.nullable)
         ours[name] = value
     for name, allowed in published.required.items():
@@ -255,6 +283,6 @@ def write_config(published: Published, config: Any) -> dict[str, Any]:
     theirs = {"architectures": [published.architecture], "model_type": published.model_type}
     for name, their_name, default in published.fields:
         value = getattr(config, name)
-        if value is not None or default is not None:  # transformers refuses an int for a float
-            theirs[their_name] = float(value) if isinstance(default, float) else value
+        if value is not None or default is not None:  # a whole number is no float to transformers
+            theirs[their_name] = float(value) if isinstance(default, float) and value is not None else value
     return theirs | published.write(config)

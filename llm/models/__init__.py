@@ -8,15 +8,21 @@ from llm.models.block_mixture import BlockMixture
 from llm.models.case_studies.deepseek_v2 import DeepseekV2
 from llm.models.case_studies.deepseek_v3 import DeepseekV3
 from llm.models.case_studies.deepseek_v3_2 import DeepseekV32
-from llm.models.case_studies.gemma import Gemma2, Gemma3
+from llm.models.case_studies.gemma import Gemma, Gemma2, Gemma3
+from llm.models.case_studies.glm4_moe import GLM4MoE
 from llm.models.case_studies.gpt2 import GPT2
 from llm.models.case_studies.gpt_oss import GPTOSS
 from llm.models.case_studies.llama import Llama
+from llm.models.case_studies.ministral3 import Ministral3
 from llm.models.case_studies.mistral import Mistral
 from llm.models.case_studies.mixtral import Mixtral
 from llm.models.case_studies.olmo2 import OLMo2
+from llm.models.case_studies.olmo3 import OLMo3
+from llm.models.case_studies.phi3 import Phi3
+from llm.models.case_studies.qwen2_moe import Qwen2MoE
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
+from llm.models.case_studies.smollm3 import SmolLM3
 from llm.models.delta_net import DeltaNetDecoder
 from llm.models.flash_attention import FlashAttentionDecoder
 from llm.models.gated_attention import GatedAttentionDecoder
@@ -99,16 +105,23 @@ MODELS: dict[str, type[Transformer]] = {
     "parallel_hybrid": ParallelHybrid,
     "gpt2": GPT2,
     "llama": Llama,
+    "smollm3": SmolLM3,
     "mistral": Mistral,
+    "ministral3": Ministral3,
+    "phi3": Phi3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
     "olmo2": OLMo2,
+    "olmo3": OLMo3,
+    "gemma": Gemma,
     "gemma2": Gemma2,
     "gemma3": Gemma3,
     "deepseek_v2": DeepseekV2,
     "deepseek_v3": DeepseekV3,
     "deepseek_v3_2": DeepseekV32,
     "mixtral": Mixtral,
+    "qwen2_moe": Qwen2MoE,
     "qwen3_moe": Qwen3MoE,
+    "glm4_moe": GLM4MoE,
     "gpt_oss": GPTOSS,
 }

@@ -80,6 +80,11 @@ class Transformer(nn.Module):
         """(B, T, D) -> logits (B, T, V)."""
         return F.linear(self.norm(x), self.head_weight())
 
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether `unembed` is one product, so that the loss need not hold all logits at once."""
+        return type(self).unembed is Transformer.unembed
+
     def head_weight(self) -> Tensor:
         """The output head, (V, D): the token embedding with tied embeddings, else a separate matrix."""
         return self.tok_embed.weight if self.config.tie_embeddings else self.lm_head.weight
@@ -91,7 +96,7 @@ class Transformer(nn.Module):
         """Windows (B, T + 1) -> the mean loss to minimise and its parts: `ce`, the cross-entropy in nats per token, and
         `aux`, the sum of the auxiliary losses (0 if there are none)."""
         x, targets = self.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-        if type(self).unembed is Transformer.unembed:
+        if self.has_plain_head:
             ce = linear_cross_entropy(self.norm(x), self.head_weight(), targets)
         else:  # the model overrides `unembed`, as Gemma 2 does to cap its logits
             ce = F.cross_entropy(self.unembed(x).float(), targets)
@@ -141,8 +146,8 @@ class Transformer(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue prompts (B, T), left-padded by `padding` (B,) tokens; yields the next token of each prompt, (B,).
 
-        `sampler` turns logits (B, V) into tokens (B,). Ends after `max_new_tokens`, or with the token that follows a full
-        context: the model reads at most max_seq_len tokens, and the last one predicts one more.
+        `sampler` turns logits (B, V) into tokens (B,). Ends after `max_new_tokens`, or with the token that follows a
+        full context: the model reads at most max_seq_len tokens, and the last one predicts one more.
         """
         length, limit = tokens.shape[1], self.config.max_seq_len
         n_slots = slots_for(length, limit)

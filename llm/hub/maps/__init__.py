@@ -1,14 +1,36 @@
 """Models with published checkpoints: how transformers stores them (PUBLISHED), and their published sizes (SIZES)."""
 
 from llm.config import ModelConfig
-from llm.hub.maps import deepseek, gemma, gpt2, gpt_oss, llama, mistral, mixtral, olmo2, qwen3
+from llm.hub.maps import (
+    deepseek,
+    gemma,
+    glm4_moe,
+    gpt2,
+    gpt_oss,
+    llama,
+    ministral3,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen3,
+    smollm3,
+)
 from llm.hub.tables import Published
 from llm.models.transformer import Transformer
 
-FAMILIES = (gpt2, llama, mistral, qwen3, olmo2, gemma, deepseek, mixtral, gpt_oss)
+FAMILIES = (gpt2, llama, smollm3, mistral, ministral3, phi3, qwen3, olmo2, gemma, deepseek, glm4_moe, mixtral, gpt_oss)
 PUBLISHED: dict[type[Transformer], Published] = {
     Model: published for family in FAMILIES for Model, published in family.PUBLISHED.items()
 }
+BY_TYPE: dict[str, tuple[type[Transformer], Published]] = {
+    published.model_type: (Model, published) for Model, published in PUBLISHED.items()
+} | {
+    published.model_type: (Model, published)
+    for family in FAMILIES
+    for Model, published in getattr(family, "READ_ONLY", ())
+}
+"""model_type -> the model and how it is stored. What is in `READ_ONLY` of a family is read and never written."""
 SIZES: dict[type[Transformer], dict[str, ModelConfig]] = {
     Model: {name: Model.Config(**size) for name, size in sizes.items()}
     for family in FAMILIES

@@ -5,7 +5,7 @@ A family's file holds its published sizes, the names of its tensors and the fiel
 
 from typing import Any
 
-from llm.hub.tables import PretrainedError, Row, same
+from llm.hub.tables import PretrainedError, Row, check_kind, same
 
 OURS, THEIRS = "blocks.{layer}.", "model.layers.{layer}."
 ENDS: tuple[Row, ...] = (
@@ -53,6 +53,11 @@ FIELDS = {
     "index_n_heads": "index_n_heads",
     "index_head_dim": "index_head_dim",
     "index_top_k": "index_topk",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "qkv_bias": "qkv_bias",
+    "qk_norm": "use_qk_norm",
+    "d_shared": "shared_expert_intermediate_size",
 }
 """Our field -> the name that most families have for it in config.json."""
 
@@ -81,3 +86,34 @@ def read_layer_types(left: dict[str, Any], ours: dict[str, Any], period: int = 2
 def write_layer_types(config: Any) -> dict[str, Any]:
     """Our config -> `layer_types`, one for each layer."""
     return {"layer_types": [config.layer_type(layer) for layer in range(config.n_layers)]}
+
+
+def read_windows(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Qwen's windows of `sliding_window` tokens: with `use_sliding_window`, layers from `max_window_layers` on have
+    one, or those that `layer_types` names. Where none has, one kind of layer stands for all."""
+    use, window = left.pop("use_sliding_window", False), left.pop("sliding_window", 4096)
+    first, types = left.pop("max_window_layers", 28), left.pop("layer_types", None)
+    check_kind("use_sliding_window", use, bool)
+    check_kind("sliding_window", window, nullable=True)
+    check_kind("max_window_layers", first, nullable=True)
+    used, n_layers = use and window is not None, ours["n_layers"]
+    if types is None:
+        first = n_layers if first is None else first
+        types = ["sliding_attention" if used and layer >= first else "full_attention" for layer in range(n_layers)]
+    left["layer_types"] = types
+    types = read_layer_types(left, ours)["layer_types"]
+    if all(kind == "full_attention" for kind in types):
+        return {"layer_types": ("full_attention",)}
+    if not used:
+        raise PretrainedError(
+            f"config.json sets layer_types = {list(types)}, but use_sliding_window = {use} and "
+            f"sliding_window = {window}: say how long the window is"
+        )
+    return {"layer_types": types, "window_size": window}
+
+
+def write_windows(config: Any) -> dict[str, Any]:
+    """The inverse of `read_windows`."""
+    types = write_layer_types(config)
+    used = "sliding_attention" in types["layer_types"]
+    return {"use_sliding_window": used, **({"sliding_window": config.window_size, **types} if used else {})}

@@ -1,6 +1,7 @@
 """DeepSeek-V2 and V3 as published. V3's prediction modules are left out, as transformers leaves them out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llm.hub.maps.common import ENDS, FFN, MIXER, OURS, PRE_NORM, THEIRS, fields
@@ -52,7 +53,7 @@ def deepseek_fields(**defaults: Any) -> tuple[tuple[str, str, Any], ...]:
 def read_common(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """Every head has its own keys; a config.json may say so, too."""
     require("num_key_value_heads", left.pop("num_key_value_heads", None), (ours["n_heads"], None))
-    return read_rope(left, ours)
+    return {**read_rope(left, ours), "n_shared_experts": ours["n_shared_experts"] or 0}
 
 
 def read_v2(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +96,16 @@ def write_common(config: DeepseekConfig) -> dict[str, Any]:
     return write_rope(config) | {"num_key_value_heads": config.n_heads}
 
 
-def prediction_modules(config: Mapping[str, Any]) -> str:
+def empty_experts(config: Mapping[str, Any]) -> str:
+    """The names of shared experts of width 0, which transformers saves."""
+    return r"(?!)" if config.get("n_shared_experts", 1) else r"model\.layers\.\d+\.mlp\.shared_experts\..*"
+
+
+def left_out(config: Mapping[str, Any]) -> str:
     """The names of the tensors of V3's prediction modules, which are numbered as layers after the last one."""
     n_layers, n_modules = config.get("num_hidden_layers", 61), config.get("num_nextn_predict_layers", 1)
-    return "|".join(rf"model\.layers\.{n_layers + k}\..*" for k in range(n_modules or 0))
+    modules = (rf"model\.layers\.{n_layers + k}\..*" for k in range(n_modules or 0))
+    return "|".join((empty_experts(config), *modules))
 
 
 PUBLISHED = {
@@ -112,9 +119,10 @@ PUBLISHED = {
             **dict(top_k_groups=None, routed_scaling_factor=1.0),
         ),
         required=REQUIRED | {"mlp_bias": (False,), "scoring_func": ("softmax",), "norm_topk_prob": (False,)},
-        nullable=frozenset({"q_lora_rank"}),
+        nullable=frozenset({"q_lora_rank", "n_shared_experts"}),
         heads_divide_width=True,
         ignored=IGNORED,
+        ignored_weights=empty_experts,
         read=read_v2,
         write=write_v2,
     ),
@@ -125,18 +133,17 @@ PUBLISHED = {
         fields=deepseek_fields(
             **dict(vocab_size=129_280, max_seq_len=4096, d_model=7168, n_layers=61, n_heads=128, n_dense_layers=3),
             **dict(d_ff=18_432, n_experts=256, top_k=8, n_shared_experts=1, d_expert=2048, n_groups=8, top_k_groups=4),
-            **dict(routed_scaling_factor=2.5),
+            **dict(routed_scaling_factor=2.5, normalize_weights=True),
         ),
         required=REQUIRED
         | {
             "scoring_func": ("sigmoid",),
             "topk_method": ("noaux_tc",),
-            "norm_topk_prob": (True,),
             "rope_interleave": (True,),
         },
-        nullable=frozenset({"q_lora_rank"}),
+        nullable=frozenset({"q_lora_rank", "n_shared_experts"}),
         ignored=IGNORED,
-        ignored_weights=prediction_modules,
+        ignored_weights=left_out,
         read=read_v3,
         write=write_v3,
     ),
@@ -162,6 +169,8 @@ PUBLISHED = {
         write=write_v3,
     ),
 }
+# Kimi K2 is a DeepSeek-V3 with more experts and fewer heads; transformers 5.23 does not know its model_type
+READ_ONLY = ((DeepseekV3, replace(PUBLISHED[DeepseekV3], model_type="kimi_k2")),)
 
 
 def longer(mscale: float) -> dict[str, Any]:
@@ -189,7 +198,17 @@ SIZES = {
         "deepseek-v3": dict(
             **dict(THREE, d_model=7168, n_layers=61, n_heads=128, q_lora_rank=1536, d_ff=18_432),
             **dict(n_experts=256, d_expert=2048, n_groups=8, top_k_groups=4, n_mtp=0),
-        )
+        ),
+        "kimi-k2": dict(
+            **dict(HEADS, vocab_size=163_840, norm_eps=1e-6, d_model=7168, n_layers=61, n_heads=64, q_lora_rank=1536),
+            **dict(n_dense_layers=1, d_ff=18_432, n_experts=384, top_k=8, n_shared_experts=1, d_expert=2048),
+            **dict(n_groups=1, top_k_groups=1, routed_scaling_factor=2.827, n_mtp=0, rope_theta=50_000.0),
+            max_seq_len=131_072,
+            rope_scaling=dict(
+                **dict(rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, beta_fast=1.0),
+                **dict(beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
+            ),
+        ),
     },
     DeepseekV32: {
         "deepseek-v3.2": dict(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llm.hub.maps.common import fields
-from llm.hub.tables import Published, Row, same, split, transpose
+from llm.hub.tables import Published, Row, require, same, split, transpose
 from llm.models.case_studies.gpt2 import GPT2
 
 
@@ -27,8 +27,19 @@ def rows(prefix: str) -> tuple[Row, ...]:
     )
 
 
-def read_width(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    return {"d_ff": ours["d_ff"] or 4 * ours["d_model"]}
+# names of transformers for three functions; the first of each is the one that export writes
+ACTIVATIONS = {
+    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+    "gelu": ("gelu", "gelu_python"),
+    "quick_gelu": ("quick_gelu",),
+}
+
+
+def read(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    name = left.pop("activation_function", "gelu_new")
+    require("activation_function", name, [theirs for names in ACTIVATIONS.values() for theirs in names])
+    activation = next(our for our, names in ACTIVATIONS.items() if name in names)
+    return {"d_ff": ours["d_ff"] or 4 * ours["d_model"], "activation": activation}
 
 
 DROPOUT = {"attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"}
@@ -47,12 +58,14 @@ PUBLISHED = {
             **dict(vocab_size=50_257, max_seq_len=1024, d_model=768, n_layers=12, n_heads=12, d_ff=None),
             **dict(norm_eps=1e-5, tie_embeddings=True),
         ),
-        required={"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,)},
+        required={"scale_attn_weights": (True,)},
         ignored=frozenset(
             DROPOUT | SUMMARY | {"n_ctx", "output_past", "predict_special_tokens", "reorder_and_upcast_attn"}
         ),
         ignored_weights=lambda config: r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",  # the causal mask
-        read=read_width,
+        fixed_length=True,
+        read=read,
+        write=lambda config: {"activation_function": ACTIVATIONS[config.activation][0]},
     )
 }
 

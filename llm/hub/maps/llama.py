@@ -13,8 +13,9 @@ PUBLISHED = {
         fields=fields(
             **dict(vocab_size=32_000, max_seq_len=2048, d_model=4096, n_layers=32, n_heads=32, n_kv_heads="n_heads"),
             **dict(head_dim=None, d_ff=11_008, norm_eps=1e-6, tie_embeddings=False),
+            **dict(attention_bias=False, mlp_bias=False),
         ),
-        required={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+        required={"hidden_act": ("silu",)},
         heads_divide_width=True,
         read=read_rope,
         write=write_rope,

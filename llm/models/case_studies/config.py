@@ -6,7 +6,7 @@ Default sizes are for TinyStories. The published sizes are in llm/hub/maps, with
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from llm.config import ModelConfig, check_divides, check_positive
+from llm.config import ModelConfig, check_divides, check_positive, flag
 from llm.modules.masks import Mask, Window, causal
 from llm.modules.position_encoding.rope import RoPE
 from llm.modules.position_encoding.rope_settings import Settings, make_scaling
@@ -29,7 +29,7 @@ class CaseStudyConfig(ModelConfig):
     rope_theta: float = 10_000.0
     """Base of the rotation; raise it for longer contexts."""
     rope_scaling: Settings = field(default_factory=dict)
-    """Extension of the context: rope_type (linear, dynamic, yarn, llama3) and its settings. Empty: none."""
+    """Extension of the context: rope_type (linear, dynamic, yarn, llama3, longrope) and its settings. Empty: none."""
 
     small: ClassVar[dict[str, Any]] = {**ModelConfig.small, "n_heads": 4, "n_kv_heads": 2, "d_ff": 352}
 
@@ -74,7 +74,15 @@ class WindowedConfig(CaseStudyConfig):
         return Window(self.window_size) if self.layer_type(layer) == "sliding_attention" else causal
 
 
-def grouped_heads(c: CaseStudyConfig) -> dict[str, Any]:
-    """The arguments of MultiHeadAttention that these models have in common."""
-    rope = RoPE(c.head_width, c.rope_theta, scaling=make_scaling(c.rope_scaling))
+def grouped_heads(c: CaseStudyConfig, rotated: float = 1.0) -> dict[str, Any]:
+    """The arguments of MultiHeadAttention that these models have in common. `rotated` is the share of each head that
+    turns."""
+    scaling = make_scaling(c.rope_scaling)
+    rope = RoPE(c.head_width, c.rope_theta, rotary_dim=int(c.head_width * rotated), scaling=scaling)
     return dict(d_model=c.d_model, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, head_dim=c.head_width, rope=rope)
+
+
+def check_share(config: ModelConfig, name: str) -> None:
+    """Raises ValueError where a field is not a share of something: above 0 and at most 1."""
+    if not 0 < getattr(config, name) <= 1:
+        raise ValueError(f"{name} = {getattr(config, name)} must lie in (0, 1] ({flag(config, name)})")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from llm.config import ModelConfig, check_even, check_positive
+from llm.config import ModelConfig, check_even, check_positive, flag
 from llm.models.transformer import Transformer
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.blocks import Block
@@ -53,7 +53,7 @@ class DeepseekConfig(ModelConfig):
     top_k: int = 3
     """Experts that each token goes to."""
     n_shared_experts: int = 1
-    """Experts that every token uses, computed as one wide expert."""
+    """Experts that every token uses, computed as one wide expert; 0: none."""
     d_expert: int = 344
     """Width of an expert."""
     n_groups: int = 4
@@ -69,10 +69,11 @@ class DeepseekConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "n_heads", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
-        check_positive(self, "v_head_dim", "rope_theta", "d_ff", "n_experts", "top_k", "n_shared_experts", "d_expert")
+        check_positive(self, "v_head_dim", "rope_theta", "d_ff", "n_experts", "top_k", "d_expert")
         check_positive(self, "n_groups", "top_k_groups")
-        if self.n_dense_layers < 0:
-            raise ValueError(f"n_dense_layers = {self.n_dense_layers} must not be negative (--model.n-dense-layers)")
+        for name in ("n_dense_layers", "n_shared_experts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must not be negative ({flag(self, name)})")
         check_even(self, "qk_rope_head_dim")
         check_routing(self.n_experts, self.top_k, self.n_groups, self.top_k_groups)
         make_scaling(self.rope_scaling)
@@ -106,7 +107,8 @@ def latent_attention(c: DeepseekConfig) -> LatentAttention:
 
 def shared_and_routed(c: DeepseekConfig, router: Router) -> MoE:
     experts = GatedExperts(c.d_model, c.d_expert, c.n_experts)
-    return MoE(router, experts, SwiGLU(c.d_model, c.n_shared_experts * c.d_expert))
+    shared = SwiGLU(c.d_model, c.n_shared_experts * c.d_expert) if c.n_shared_experts else None
+    return MoE(router, experts, shared)
 
 
 class DeepseekV2(Transformer):

@@ -28,7 +28,9 @@ class DeepseekV3(Transformer):
         """The prediction module adds 10 M parameters to those of V2, 3.4 M of them active, in training only."""
 
         routed_scaling_factor: float = 2.5
-        """What the weights of the chosen experts sum to."""
+        """What the weights of the chosen experts sum to, or, where they are not normalised, their factor."""
+        normalize_weights: bool = True
+        """Divide the weights of the chosen experts by their sum (norm_topk_prob)."""
         bias_update_speed: float = 0.001
         """Change of an expert's bias per step: up if its load was below the mean, else down."""
         n_mtp: int = 1
@@ -68,7 +70,9 @@ class DeepseekV3(Transformer):
     def make_experts(self) -> nn.Module:
         c = self.config
         groups = dict(n_groups=c.n_groups, top_k_groups=c.top_k_groups)
-        weights = dict(scale=c.routed_scaling_factor, bias_update_speed=c.bias_update_speed)
+        weights = dict(
+            normalize=c.normalize_weights, scale=c.routed_scaling_factor, bias_update_speed=c.bias_update_speed
+        )
         return shared_and_routed(c, SigmoidRouter(c.d_model, c.n_experts, c.top_k, **groups, **weights))
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

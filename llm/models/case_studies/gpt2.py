@@ -9,6 +9,7 @@ Blog: Case studies; Position encoding, learned.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,16 +18,27 @@ from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.blocks import Block
 from llm.modules.cache import Cache
-from llm.modules.ffn.activations import gelu_tanh
+from llm.modules.ffn.activations import gelu, gelu_tanh, quick_gelu
 from llm.modules.ffn.mlp import MLP
 from llm.modules.norms import LayerNorm
 from llm.modules.position_encoding.learned import LearnedPosition
+
+ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu, "quick_gelu": quick_gelu}
 
 
 class GPT2(Transformer):
     @dataclass(frozen=True)
     class Config(Baseline.Config):
         """18.0 M parameters by default, 5.1 M of them the embedding."""
+
+        activation: Literal["gelu_tanh", "gelu", "quick_gelu"] = "gelu_tanh"
+        """The nonlinearity; GPT-2 itself has the tanh approximation of GELU."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            if self.activation not in ACTIVATIONS:
+                known = ", ".join(ACTIVATIONS)
+                raise ValueError(f"activation = {self.activation!r} must be one of {known} (--model.activation)")
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -41,7 +53,7 @@ class GPT2(Transformer):
     def make_block(self, layer: int) -> Block:
         c = self.config
         attention = MultiHeadAttention(d_model=c.d_model, n_heads=c.n_heads, qkv_bias=True, o_bias=True)
-        return Block(attention, MLP(c.d_model, c.d_ff, gelu_tanh, bias=True), self.make_norm)
+        return Block(attention, MLP(c.d_model, c.d_ff, ACTIVATIONS[c.activation], bias=True), self.make_norm)
 
     def make_cache(self, batch_size: int, length: int, padding: Tensor | int = 0) -> Cache:
         self.position.check(length)

@@ -10,6 +10,8 @@ models of 3.2 tie the head to the embedding. Llama 3.3 has the sizes of Llama 3.
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from llm.models.case_studies.config import CaseStudyConfig, grouped_heads
 from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
@@ -22,6 +24,16 @@ class Llama(Transformer):
     class Config(CaseStudyConfig):
         """16.2 M parameters by default, 5.1 M of them the embedding."""
 
+        attention_bias: bool = False
+        """Biases in attention: not in LLaMA, but in checkpoints of others in its format."""
+        mlp_bias: bool = False
+        """Biases in the feed-forward layer, likewise."""
+
     def make_block(self, layer: int) -> Block:
         c = self.config
-        return Block(MultiHeadAttention(**grouped_heads(c)), SwiGLU(c.d_model, c.d_ff), self.make_norm)
+        ffn = SwiGLU(c.d_model, c.d_ff, bias=c.mlp_bias)
+        return Block(self.make_mixer(layer), ffn, self.make_norm)
+
+    def make_mixer(self, layer: int) -> nn.Module:
+        c = self.config
+        return MultiHeadAttention(**grouped_heads(c), qkv_bias=c.attention_bias, o_bias=c.attention_bias)

@@ -28,6 +28,9 @@ class OLMo2(Transformer):
         n_kv_heads: int = 16
         """Key and value heads; must divide n_heads."""
 
+        attention_bias: bool = False
+        """Biases in attention, in checkpoints that have them."""
+
         small: ClassVar[dict[str, Any]] = {**CaseStudyConfig.small, "n_kv_heads": 4}
 
     def make_norm(self) -> OnceRoundedRMSNorm:
@@ -35,6 +38,14 @@ class OLMo2(Transformer):
 
     def make_block(self, layer: int) -> OutputNormBlock:
         c = self.config
-        norm = partial(OnceRoundedRMSNorm, eps=c.norm_eps)
-        attention = FullWidthQKNormAttention(**grouped_heads(c), qk_norm=norm)
+        attention = FullWidthQKNormAttention(
+            **self.heads(layer),
+            qk_norm=partial(OnceRoundedRMSNorm, eps=c.norm_eps),
+            qkv_bias=c.attention_bias,
+            o_bias=c.attention_bias,
+        )
         return OutputNormBlock(attention, SwiGLU(c.d_model, c.d_ff), self.make_norm)
+
+    def heads(self, layer: int) -> dict[str, Any]:
+        """The arguments of the attention of a layer."""
+        return grouped_heads(self.config)

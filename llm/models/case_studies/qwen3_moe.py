@@ -22,6 +22,7 @@ from llm.modules.blocks import Block
 from llm.modules.ffn.glu import SwiGLU
 from llm.modules.ffn.moe import GatedExperts, MoE
 from llm.modules.ffn.router import SoftmaxRouter, check_routing
+from llm.modules.masks import Window, causal
 from llm.modules.norms import RMSNorm
 
 
@@ -44,6 +45,10 @@ class Qwen3MoE(Transformer):
         """Scale the weights of the chosen experts to sum to 1 (norm_topk_prob)."""
         dense_layers: tuple[int, ...] = ()
         """Layers, counted from 0, that have one dense feed-forward layer instead of experts."""
+        window_size: int | None = None
+        """Tokens that a token sees in each layer, itself among them; None: all."""
+        attention_bias: bool = False
+        """Biases in attention, in checkpoints that have them."""
         aux_loss_coef: float = 0.01
         """Weight of the loss that balances the load of the experts."""
 
@@ -51,7 +56,7 @@ class Qwen3MoE(Transformer):
 
         def __post_init__(self):
             super().__post_init__()
-            check_positive(self, "d_expert")
+            check_positive(self, "d_expert", "window_size")
             check_routing(self.n_experts, self.top_k)
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))  # JSON knows lists only
             outside = [layer for layer in self.dense_layers if not 0 <= layer < self.n_layers]
@@ -62,9 +67,14 @@ class Qwen3MoE(Transformer):
 
     def make_block(self, layer: int) -> Block:
         c = self.config
-        attention = MultiHeadAttention(**grouped_heads(c), qk_norm=partial(RMSNorm, eps=c.norm_eps))
         ffn = SwiGLU(c.d_model, c.d_ff) if layer in c.dense_layers else self.make_experts()
-        return Block(attention, ffn, self.make_norm)
+        return Block(self.make_mixer(layer), ffn, self.make_norm)
+
+    def make_mixer(self, layer: int) -> nn.Module:
+        c = self.config
+        mask = causal if c.window_size is None else Window(c.window_size)
+        options = dict(mask=mask, qkv_bias=c.attention_bias, o_bias=c.attention_bias)
+        return MultiHeadAttention(**grouped_heads(c), **options, qk_norm=partial(RMSNorm, eps=c.norm_eps))
 
     def make_experts(self) -> nn.Module:
         c = self.config

@@ -25,6 +25,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x): a cheaper approximation of GELU. Gaussian Error Linear Units, arXiv 1606.08415, section 2."""
+    return x * (1.702 * x).sigmoid()
+
+
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x), named in arXiv 1606.08415; Swish with beta = 1."""
     return F.silu(x)

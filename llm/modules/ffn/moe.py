@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm.modules.ffn.glu import SwiGLU
 from llm.modules.kernels.grouped import grouped_linear, grouped_moe
 
 
@@ -57,6 +58,18 @@ class MoE(nn.Module):
     def idle_parameters(self) -> float:
         """Parameters of the experts that one token does not go to."""
         return sum(p.numel() for p in self.experts.parameters()) * (1 - self.active_share)
+
+
+class GatedShared(nn.Module):
+    """The shared expert of Qwen2-MoE: (B, T, d_model) -> sigmoid(x w) SwiGLU(x), so that a token may do without it."""
+
+    def __init__(self, d_model: int, d_shared: int):
+        super().__init__()
+        self.gate = nn.Linear(d_model, 1, bias=False)
+        self.expert = SwiGLU(d_model, d_shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x).sigmoid() * self.expert(x)
 
 
 class GatedExperts(nn.Module):

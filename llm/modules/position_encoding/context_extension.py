@@ -11,6 +11,7 @@ meets new angles beyond L. Each method below replaces f by f' (d is the number o
 | YaRN                 | f above beta_fast turns in L tokens, f / factor below beta_slow, a ramp in between;         |
 |                      | scores times (0.1 ln(factor) + 1)^2, since the softmax over a longer text is flatter        |
 | Llama 3              | f above high_freq_factor turns, f / factor below low_freq_factor, linear in turns between   |
+| LongRoPE             | f / a searched number for each pair: one list up to L tokens, another one beyond            |
 
 A scaling is called with (rotary_dim, theta, positions). It returns the frequencies (.., rotary_dim / 2) in fp32 and a
 factor of all cosines and sines: `RoPE(head_dim, theta, scaling=YaRN(factor=4, original_length=512))`. No scaling has
@@ -106,8 +107,10 @@ class YaRN:
 
     def __post_init__(self):
         check(self, "factor", "original_length")
-        if not 0 < self.beta_slow < self.beta_fast:
-            raise ValueError(f"beta_slow = {self.beta_slow} must lie between 0 and beta_fast = {self.beta_fast}")
+        if not 0 < self.beta_slow <= self.beta_fast:
+            raise ValueError(
+                f"beta_slow = {self.beta_slow} must lie above 0 and not above beta_fast = {self.beta_fast}"
+            )
 
     def __call__(self, dim: int, theta: float, positions: Tensor) -> tuple[Tensor, float]:
         pair = torch.arange(dim // 2, device=positions.device, dtype=torch.float32)
@@ -158,6 +161,48 @@ class Llama3Bands:
         turns = self.original_length / (2 * math.pi / frequencies)  # within the trained length
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return (1 - kept) * frequencies / self.factor + kept * frequencies, 1.0
+
+
+@dataclass(frozen=True)
+class LongRoPE:
+    """LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens, arXiv 2402.13753; in Phi-3 and Phi-4-mini.
+
+    The wavelength of each pair is multiplied by a number that was found by a search: by those in `short_factor` for a
+    text of at most `original_length` tokens, by those in `long_factor` for a longer one. Cosines and sines are
+    multiplied by `attention_factor`, which is sqrt(1 + ln(factor) / ln(original_length)) where it is not given. The
+    length of a text is its largest position of the call + 1.
+
+    Keys in a cache were rotated by the numbers of an earlier length. So decoding a text across `original_length`
+    differs from computing all of it at once.
+    """
+
+    factor: float
+    original_length: int
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    attention_factor: float | None = None
+
+    def __post_init__(self):
+        check(self, "factor", "original_length")
+        object.__setattr__(self, "short_factor", tuple(self.short_factor))
+        object.__setattr__(self, "long_factor", tuple(self.long_factor))
+
+    def __call__(self, dim: int, theta: float, positions: Tensor) -> tuple[Tensor, float]:
+        """The frequencies are (1, 1, dim / 2), or (B, 1, 1, dim / 2) where each text has its own positions."""
+        if not len(self.short_factor) == len(self.long_factor) == dim // 2:
+            lengths = f"{len(self.short_factor)} and {len(self.long_factor)}"
+            raise ValueError(
+                f"short_factor and long_factor have {lengths} numbers: {dim} channels need {dim // 2} each"
+            )
+        short, long = (positions.new_tensor(x, dtype=torch.float32) for x in (self.short_factor, self.long_factor))
+        is_long = (positions.amax(-1) + 1 > self.original_length)[..., None, None, None]
+        frequencies = inverse_frequencies(dim, theta, positions.device)
+        return frequencies / torch.where(is_long, long, short), self.temperature()
+
+    def temperature(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
 
 
 def larger_base(theta: float, growth: float | Tensor, dim: int) -> float | Tensor:

@@ -7,10 +7,16 @@ Blog: Position encoding, longer context.
 
 from collections.abc import Callable
 
-from llm.modules.position_encoding.context_extension import DynamicNTK, LinearInterpolation, Llama3Bands, YaRN
+from llm.modules.position_encoding.context_extension import (
+    DynamicNTK,
+    LinearInterpolation,
+    Llama3Bands,
+    LongRoPE,
+    YaRN,
+)
 from llm.modules.position_encoding.rope import Scaling
 
-Settings = dict[str, bool | int | float | str]
+Settings = dict[str, bool | int | float | str | list[float]]
 
 LENGTH = "original_max_position_embeddings"
 # rope_type -> what makes the scaling, and the settings that it must and may have
@@ -23,14 +29,15 @@ KINDS: dict[str, tuple[Callable[..., Scaling], set[str], set[str]]] = {
         {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"},
     ),
     "llama3": (Llama3Bands, {"factor", LENGTH}, {"low_freq_factor", "high_freq_factor"}),
+    "longrope": (LongRoPE, {"factor", LENGTH, "short_factor", "long_factor"}, {"attention_factor"}),
 }
 
 
 def make_scaling(settings: Settings) -> Scaling | None:
     """The scaling that `RoPE` takes; None where `settings` are empty.
 
-    Raises ValueError for a rope_type that is not implemented (longrope, ..), for settings that are missing or that the
-    type does not know, and for text where a number is needed.
+    Raises ValueError for a rope_type that is not implemented (proportional, ..), for settings that are missing or that
+    the type does not know, and for text where a number is needed.
     """
     if not settings:
         return None
@@ -43,7 +50,19 @@ def make_scaling(settings: Settings) -> Scaling | None:
         if names:
             raise ValueError(f"rope_scaling of rope_type {kind!r} {problem} {', '.join(sorted(names))}")
     for name, value in given.items():
-        wanted = bool if name == "truncate" else (int, float)
-        if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+        if not fits(name, value):
             raise ValueError(f"rope_scaling of rope_type {kind!r} sets {name} to {value!r}: that is no value for it")
     return make(**{"original_length" if name == LENGTH else name: value for name, value in given.items()})
+
+
+def fits(name: str, value: bool | int | float | str | list[float]) -> bool:
+    """Whether a setting holds what its name asks for: true or false, a list of numbers above zero, or a number."""
+    if name == "truncate":
+        return isinstance(value, bool)
+    if name in ("short_factor", "long_factor"):
+        return isinstance(value, list | tuple) and all(is_number(x) and x > 0 for x in value)
+    return is_number(value)
+
+
+def is_number(value: bool | int | float | str | list[float]) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
