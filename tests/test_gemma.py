@@ -103,7 +103,7 @@ def test_a_pattern_that_transformers_only_notes_down_counts_here_as_little(tmp_p
         ("Gemma2ForCausalLM", {"layer_types": [LOCAL, [GLOBAL], LOCAL]}, "layer_types"),
         ("Gemma2ForCausalLM", {"rope_parameters": {GLOBAL: FAR}}, "full_attention"),
         ("Gemma2ForCausalLM", {"layer_types": [LOCAL, "chunked_attention", GLOBAL]}, "chunked_attention"),
-        ("Gemma3ForCausalLM", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("Gemma3ForCausalLM", {"final_logit_softcapping": "30"}, "final_logit_softcapping"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("Gemma3ForCausalLM", {"rope_parameters": {LOCAL: FAR}}, "scales RoPE in layers with a window"),
         ("Gemma3ForCausalLM", {"rope_parameters": FAR}, "rope_parameters"),

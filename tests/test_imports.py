@@ -15,7 +15,9 @@ LAYERS = (
     ("llm.data", "llm.hub", "llm.analysis.accounting"),
     ("llm.generate.sampling", "llm.generate.text", "llm.generate.compile"),
     ("llm.training",),
-    ("llm.generate", "llm.analysis", "llm.compare", "llm.gallery", "llm.pretrained", "llm.plot_initialization"),
+    # commands
+    ("llm.generate", "llm.analysis", "llm.compare", "llm.evaluate", "llm.gallery", "llm.pretrained"),
+    ("llm.plot_initialization",),
 )
 """A module may import from its own layer and from those above it here. The longest name that fits counts."""
 MAY_ASK = ("llm.modules.kernels", "llm.training.device", "llm.generate.compile")

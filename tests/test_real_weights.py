@@ -7,7 +7,7 @@ import pytest
 import torch
 from real_weights import published_partials, real_file, write_gpt_nano, write_stories260k
 
-from llm.data.stories import END_OF_TEXT
+from llm.evaluate import main as evaluate
 from llm.generate.sampling import greedy
 from llm.hub.folder import load_hub_tokenizer
 from llm.pretrained import load_pretrained
@@ -29,16 +29,12 @@ def test_stories260k_writes_the_text_that_llama2c_publishes(stories260k):
     assert digest.startswith("beeb5cb4") and digest.endswith("981d14")
 
 
-@torch.inference_mode()
-def test_stories260k_has_its_loss_on_the_validation_text(stories260k):
-    model, tokenizer = load_pretrained(stories260k), load_hub_tokenizer(stories260k)
-    text = real_file("TinyStoriesV2-GPT4-valid.txt").read_text(encoding="utf-8")
-    stories = [story.strip() for story in text.split(END_OF_TEXT) if story.strip()]
-    ids = torch.tensor([token for story in tokenizer.encode_batch(stories) for token in story.ids])
-    windows = ids[: 510 * 512 + 1].unfold(0, 513, 512)
-    assert (len(ids) - 1) // 512 == len(windows) == 510
-    losses = [model.loss(batch)[1]["ce"].item() for batch in windows.split(15)]
-    assert sum(losses) / len(losses) == pytest.approx(1.354381, abs=1e-5)
+def test_stories260k_has_its_loss_on_the_validation_text(stories260k, capsys):
+    """Through the command that users call."""
+    evaluate([str(stories260k), "--text", str(real_file("TinyStoriesV2-GPT4-valid.txt")), "--device", "cpu"])
+    said = capsys.readouterr()
+    assert said.out.startswith("261,120 tokens, ") and "evaluating" in said.err
+    assert "1.35438" in said.out and said.out.endswith("0.9522 bits per byte\n")
 
 
 @torch.inference_mode()

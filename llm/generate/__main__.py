@@ -19,6 +19,7 @@ from llm.generate.load import load_run
 from llm.generate.sampling import Sampler
 from llm.generate.text import write
 from llm.hub.folder import stop_tokens
+from llm.hub.gguf import gguf_stop_tokens
 from llm.training.checkpoint import CheckpointError
 from llm.training.device import find_device
 
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         compile_decoding(model, insist=flags.compile == "on")
     prompts = [prompt for prompt in flags.prompt or ("Once upon a time",) for _ in range(flags.samples)]
     sampler = flags.sampler(len(prompts), device)
-    stop = stop_tokens(flags.path)
+    stop = gguf_stop_tokens(flags.path) or stop_tokens(flags.path)
     say_full = partial(explain_limit, model.config.max_seq_len)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)

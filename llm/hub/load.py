@@ -1,6 +1,7 @@
 """Published weights in: a folder as the hub has it becomes a model.
 
     model = load_pretrained("path/to/checkpoint")
+    model = load_pretrained("model.gguf")            # or a folder with one such file: llm/hub/gguf.py
 
 Such a folder holds config.json, one or several .safetensors files and tokenizer.json. Tensors are copied one at a time:
 each goes from its file into its place in the model before the next one is read. The tables in llm/hub/maps/ say which
@@ -9,6 +10,7 @@ tensor goes where.
 
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from llm.files import tensor_problems
 from llm.hub.folder import CONFIG, HubTensors, read_json
+from llm.hub.gguf import GGUFFile, find_gguf
 from llm.hub.maps import BY_TYPE
 from llm.hub.tables import PretrainedError, Published, Step, check_count, check_kind, parts, plan, read_config
 from llm.models.transformer import Transformer
@@ -44,7 +47,23 @@ def load_pretrained(
     one exception: whether a stored head equals the embedding that config.json ties it to, only the two tensors tell.
     """
     path = Path(path)
+    if file := find_gguf(path):
+        stored = GGUFFile(file)
+        return build(file, stored.config, lambda stack: stored, dtype, device, max_seq_len)
     config = read_json(path / CONFIG)
+    quantization = config.get("quantization_config")
+    return build(path, config, lambda stack: HubTensors(path, quantization, stack), dtype, device, max_seq_len)
+
+
+def build(
+    path: Path,
+    config: dict[str, Any],
+    open_tensors: Callable[[ExitStack], HubTensors | GGUFFile],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    max_seq_len: int | None,
+) -> Transformer:
+    """The model of a config.json, filled with the tensors that `open_tensors` opens."""
     Model, published = find_published(path, config)
     try:
         ours = choose_length(read_length_limited(published, config), max_seq_len, published)
@@ -53,7 +72,7 @@ def load_pretrained(
     except ValueError as error:
         raise PretrainedError(f"{path / CONFIG}: {error}") from None
     with ExitStack() as stack:
-        files = HubTensors(path, config.get("quantization_config"), stack)
+        files = open_tensors(stack)
         steps = plan(published.names, model.state_dict(), files.shapes)
         head = tied_head(model, published)
         check_tensors(path, model, steps, files, f"{published.ignored_weights(config)}|{re.escape(head or '')}")
@@ -118,7 +137,9 @@ def find_published(path: Path, config: dict[str, Any]) -> tuple[type[Transformer
     return BY_TYPE[kind]
 
 
-def check_tensors(path: Path, model: Transformer, steps: list[Step], files: HubTensors, ignored: str) -> None:
+def check_tensors(
+    path: Path, model: Transformer, steps: list[Step], files: HubTensors | GGUFFile, ignored: str
+) -> None:
     """Raises PretrainedError naming tensors that are missing, left over or of another shape; reads headers only."""
     tensors, wanted = model.state_dict(), {}
     for step in steps:
@@ -138,7 +159,7 @@ def tied_head(model: Transformer, published: Published) -> str | None:
 
 
 @torch.no_grad()
-def fill(model: Transformer, steps: list[Step], files: HubTensors, head: str | None) -> None:
+def fill(model: Transformer, steps: list[Step], files: HubTensors | GGUFFile, head: str | None) -> None:
     """Copy every tensor into its place; raises PretrainedError where a tied `head` differs from the embedding."""
     tensors = model.state_dict()
     for step in steps:
@@ -148,7 +169,7 @@ def fill(model: Transformer, steps: list[Step], files: HubTensors, head: str | N
         raise PretrainedError(f"config.json ties the head to the embedding, but {head} is another matrix")
 
 
-def copy_step(step: Step, tensors: dict[str, Tensor], files: HubTensors) -> None:
+def copy_step(step: Step, tensors: dict[str, Tensor], files: HubTensors | GGUFFile) -> None:
     """Copy the tensors of one step. They are freed at the end, so memory holds the model and one step's tensors."""
     targets = parts(tensors, step)
     theirs = [files.read(name, targets[0].dtype) for name in step.theirs]

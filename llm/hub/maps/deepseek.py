@@ -164,7 +164,7 @@ PUBLISHED = {
             "mlp_bias": (False,),
         },
         ignored=IGNORED | {"output_router_logits"},
-        ignored_weights=prediction_modules,
+        ignored_weights=left_out,
         read=read_v32,
         write=write_v3,
     ),

@@ -1,0 +1,162 @@
+"""How well a model predicts a text.
+
+    python -m llm.evaluate runs/baseline --text file.txt
+    python -m llm.evaluate path/to/checkpoint --text file.txt --per stories       # a hub folder or a GGUF file, too
+
+    perplexity = exp(nats per token)        bits per byte = total nats / ln 2 / UTF-8 bytes of the predicted text
+
+A text is cut into stories at <|endoftext|>, and the tokenizer begins each as it begins a document. Windows run over all
+stories one after the other, without overlap, and a last incomplete one is left out. Stories alone are cut where they
+are longer than the context. The first token of a window or story is not predicted. Special tokens count no bytes.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from llm.data.stories import END_OF_TEXT
+from llm.generate.load import load_run
+from llm.generate.text import end_of_text
+from llm.models.transformer import Transformer
+from llm.training.checkpoint import CheckpointError
+from llm.training.device import find_device
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Print nats a token, perplexity and bits a byte of a text."""
+
+    path: tyro.conf.Positional[Path]
+    """Run directory, checkpoint, folder of a published model as the hub has it, or GGUF file."""
+    text: Path
+    """UTF-8 file; <|endoftext|> separates stories."""
+    per: Literal["windows", "stories"] = "windows"
+    """windows: as long as the context, over all stories in a row; stories: each alone."""
+    max_seq_len: int | None = None
+    """Longest text that the model reads at once; where it is not given, as the model was made or published."""
+    batch_size: int = 8
+    """Windows that are computed at once."""
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size = {self.batch_size} must be at least 1 (--batch-size)")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was predicted: tokens, the bytes of their text, and the nats that they cost in all."""
+
+    n_tokens: int
+    n_bytes: int
+    nats: float
+
+    def __str__(self) -> str:
+        loss = self.nats / self.n_tokens
+        bits = f"{self.nats / math.log(2) / self.n_bytes:.4f}" if self.n_bytes else "undefined"
+        return (
+            f"{self.n_tokens:,} tokens, {self.n_bytes:,} bytes: {loss:.6f} nats per token, perplexity "
+            f"{math.exp(min(loss, 700)):.4f}, {bits} bits per byte"
+        )
+
+
+def read_stories(file: Path) -> list[str]:
+    """The stories of a text file. Raises ValueError for a file that cannot be read, or that holds no text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 text: {error} (--text)") from None
+    stories = [story.strip() for story in text.split(END_OF_TEXT) if story.strip()]
+    if not stories:
+        raise ValueError(f"{file} holds no text (--text)")
+    return stories
+
+
+def encode(tokenizer: Tokenizer, stories: list[str], per: str) -> list[list[int]]:
+    """The tokens of each story. With a tokenizer of ours, <|endoftext|> follows, and comes before a story alone."""
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(stories)]
+    if tokenizer.post_processor is not None:
+        return ids
+    end = end_of_text(tokenizer)
+    return [(end if per == "stories" else []) + story + end for story in ids]
+
+
+def cut(documents: list[list[int]], length: int, per: str) -> Iterator[list[int]]:
+    """Windows of at most `length` targets and the token before them; two have only that token in common."""
+    if per == "stories":
+        starts = ((story, start) for story in documents for start in range(0, len(story) - 1, length))
+        yield from (story[start : start + length + 1] for story, start in starts)
+        return
+    tokens = [token for story in documents for token in story]
+    n_windows = (len(tokens) - 1) // length
+    if n_windows == 0 and len(tokens) > 1:
+        yield tokens
+    yield from (tokens[i * length : (i + 1) * length + 1] for i in range(n_windows))
+
+
+def count_bytes(tokenizer: Tokenizer, documents: list[list[int]], stories: list[str], n_tokens: int) -> int:
+    """The bytes of text that the first `n_tokens` tokens of all documents stand for."""
+    total = 0
+    for ids, story in zip(documents, stories, strict=True):
+        if n_tokens <= 0:
+            break
+        whole = len(ids) <= n_tokens
+        total += len((story if whole else decoded(tokenizer, ids[:n_tokens])).encode())
+        n_tokens -= len(ids)
+    return total
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of tokens without special ones and without a character that is not complete yet."""
+    return tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+@torch.inference_mode()
+def evaluate_text(
+    model: Transformer, tokenizer: Tokenizer, stories: list[str], per: str = "windows", batch_size: int = 8
+) -> Result:
+    """Nats of a text under a model, with a progress bar on the standard error."""
+    documents = encode(tokenizer, stories, per)
+    windows = sorted(cut(documents, model.config.max_seq_len, per), key=len, reverse=True)
+    if not windows:
+        raise ValueError("the text has fewer than two tokens: nothing is predicted (--text)")
+    nats, device = 0.0, model.tok_embed.weight.device
+    for start in tqdm(range(0, len(windows), batch_size), desc="evaluating", file=sys.stderr):
+        batch = windows[start : start + batch_size]
+        longest = max(map(len, batch))
+        tokens = torch.tensor([window + [0] * (longest - len(window)) for window in batch], device=device)
+        losses = F.cross_entropy(model(tokens[:, :-1]).float().mT, tokens[:, 1:], reduction="none")  # (B, T)
+        predicted = torch.tensor([len(window) - 1 for window in batch], device=device)
+        nats += losses[torch.arange(longest - 1, device=device) < predicted[:, None]].double().sum().item()
+    n_tokens = sum(len(window) - 1 for window in windows)
+    if per == "stories":
+        firsts = sum(len(decoded(tokenizer, ids[:1]).encode()) for ids in documents if len(ids) > 1)
+        text = sum(len(story.encode()) for story, ids in zip(stories, documents, strict=True) if len(ids) > 1)
+        return Result(n_tokens, text - firsts, nats)
+    first = len(decoded(tokenizer, documents[0][:1]).encode())
+    return Result(n_tokens, count_bytes(tokenizer, documents, stories, n_tokens + 1) - first, nats)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    flags = tyro.cli(Arguments, args=arguments)
+    stories = read_stories(flags.text)
+    model, tokenizer = load_run(flags.path, find_device(flags.device), flags.max_seq_len)
+    print(evaluate_text(model, tokenizer, stories, flags.per, flags.batch_size))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
