@@ -35,6 +35,7 @@ def write_gguf(folder, family: str, quantised: bool):
     theirs = original(architecture, **SHAPE | config)
     c, file = theirs.config, folder / "model.gguf"
     writer = gguf.GGUFWriter(file, family)
+    writer.add_vocab_size(c.vocab_size)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_block_count(c.num_hidden_layers)
     writer.add_embedding_length(c.hidden_size)
