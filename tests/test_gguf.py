@@ -22,7 +22,7 @@ GEMMA = {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 2}),
     "qwen2": ("Qwen2ForCausalLM", {}),
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 8}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 128}),
     "gemma2": ("Gemma2ForCausalLM", GEMMA),
     "gemma3": ("Gemma3ForCausalLM", GEMMA),
 }
