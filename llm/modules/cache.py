@@ -25,6 +25,13 @@ class Cache:
         """(B, T): the positions of the next `n_tokens` tokens."""
         return self.seen[:, None] + torch.arange(n_tokens, device=self.seen.device)
 
+    def forget(self, n_tokens: int) -> None:
+        """Forget the last `n_tokens` of each text. Only for slots that hold one token each: what a ring overwrote, or
+        what a recurrent state summed up, does not come back."""
+        self.seen -= n_tokens
+        for layer in self.layers:
+            layer["pos"].masked_fill_(layer["pos"] >= self.seen[:, None], -1)
+
     def copy_from(self, shorter: "Cache") -> "Cache":
         """Continue the texts of a shorter cache that is full. Token p keeps its slot. Tensors of the same length, such
         as

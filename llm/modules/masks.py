@@ -11,6 +11,7 @@
 | FirstAndWindow(k, n) | j < k, or i - j < n                              | StreamingLLM, 2309.17453                |
 | BigBird(..)          | attention/big_bird.py                            | Big Bird, 2007.14062                    |
 | Everything           | always, and j > i as well                        | encoders, diffusion models              |
+| BlockCausal(s)       | j // s <= i // s, later ones of its block as well | block diffusion, 2503.09573             |
 
 Masks are frozen dataclasses. Two windows of the same size compare equal, so they share one compiled kernel.
 Blog: Attention, sparse attention.
@@ -177,6 +178,29 @@ class Everything(Mask):
 
     def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         return (k_pos == k_pos) & (q_pos == q_pos)
+
+
+NOISY = 2**30
+
+
+@dataclass(frozen=True)
+class BlockCausal(Mask):
+    """A query sees its own block of `size` tokens, the later ones too, and all blocks before it.
+
+    A text may be there twice: as it is, and as a noisy copy whose positions are larger by NOISY. Both see earlier
+    blocks as they are. In its own block, a query sees the copy that it belongs to.
+    """
+
+    size: int
+    looks_back: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_positive(self, "size")
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        q_block, k_block = q_pos % NOISY // self.size, k_pos % NOISY // self.size
+        q_noisy, k_noisy = q_pos >= NOISY, k_pos >= NOISY
+        return (k_block < q_block) & ~k_noisy | (k_block == q_block) & (k_noisy == q_noisy)
 
 
 causal, everything = Causal(), Everything()
