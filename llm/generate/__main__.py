@@ -5,7 +5,7 @@ python -m llm.generate path/to/checkpoint --prompt "The capital of France is"   
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from llm.generate.sampling import Sampler
 from llm.generate.text import write
 from llm.hub.folder import stop_tokens
 from llm.hub.gguf import gguf_stop_tokens
+from llm.modules.diffusion.unmasking import Unmasking
 from llm.training.checkpoint import CheckpointError
 from llm.training.device import find_device
 
@@ -44,6 +45,8 @@ class Arguments:
     """Draw among the k likeliest tokens only."""
     top_p: float | None = 0.95
     """Draw among the fewest tokens that hold this much probability."""
+    unmasking: Unmasking = field(default_factory=Unmasking)
+    """How a diffusion model writes; the others ignore it."""
     seed: int = 0
     """The same seed writes the same stories on the same machine."""
     device: str = "auto"
@@ -79,6 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     flags = tyro.cli(Arguments, args=arguments, prog="python -m llm.generate")
     device = find_device(flags.device)
     model, tokenizer = load_run(flags.path, device, flags.max_seq_len)
+    if not model.causal:
+        model.unmasking = flags.unmasking
     if wants_compiling(flags.compile, device):
         compile_decoding(model, insist=flags.compile == "on")
     prompts = [prompt for prompt in flags.prompt or ("Once upon a time",) for _ in range(flags.samples)]

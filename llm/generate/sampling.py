@@ -18,7 +18,7 @@ LOWEST_TEMPERATURE = 1e-4  # far below it, logits divided by it are no finite nu
 
 @dataclass(frozen=True)
 class Sampler:
-    """Logits (B, V) -> one token for each row (B,).
+    """Logits (B, V) -> one token for each row (B,), or (B, n, V) -> (B, n).
 
     temperature divides the logits, and 0 takes the likeliest token; top_k keeps the k likeliest tokens, k of them even
     where others are as likely as the last; top_p keeps the fewest tokens whose probabilities add up to p. Each row has
@@ -54,7 +54,7 @@ class Sampler:
             surplus = ordered.cumsum(-1) - ordered >= self.top_p  # never the likeliest token
             logits = logits.masked_fill(surplus.gather(-1, order.argsort(-1)), -torch.inf)
         rows = zip(logits.softmax(-1), self.generators, strict=True)
-        return torch.cat([row.multinomial(1, generator=generator) for row, generator in rows])
+        return torch.stack([row.multinomial(1, generator=generator)[..., 0] for row, generator in rows])
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -88,8 +88,9 @@ def generate_tokens(
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     ended = [False] * len(prompts)
     for step in model.generate(batch, max_new_tokens, sampler, padding):
-        tokens = [None if end else token for token, end in zip(step.tolist(), ended, strict=True)]
-        yield tokens
-        ended = [end or token in stop for token, end in zip(tokens, ended, strict=True)]
-        if all(ended):
-            return
+        for column in step.reshape(len(prompts), -1).T.tolist():  # one, or several where a model writes blocks
+            tokens = [None if end else token for token, end in zip(column, ended, strict=True)]
+            yield tokens
+            ended = [end or token in stop for token, end in zip(tokens, ended, strict=True)]
+            if all(ended):
+                return

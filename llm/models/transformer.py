@@ -30,6 +30,8 @@ class Transformer(nn.Module):
     """
 
     Config = ModelConfig
+    causal: ClassVar[bool] = True
+    """Whether a token sees no later ones and the loss is that of the next token. False: see llm/models/denoiser.py."""
     embedding_std: ClassVar[float] = 0.02
     """Standard deviation of the token embedding at initialisation."""
     training_only: ClassVar[tuple[str, ...]] = ()
@@ -134,6 +136,11 @@ class Transformer(nn.Module):
         """The submodules that have this method, from the first layer to the last."""
         return [module for module in self.modules() if module is not self and hasattr(module, method)]
 
+    def passes_per_token(self, context: int) -> dict[str, float]:
+        """How often one token goes through the blocks and through the head: `training`, in a forward pass of training
+        for each token of text; `writing`, for each token written into a text of `context` tokens."""
+        return {"training_blocks": 1, "writing_blocks": 1, "writing_head": 1}
+
     def make_cache(self, batch_size: int, length: int, padding: Tensor | int = 0) -> Cache:
         """An empty cache for `length` tokens. `padding` is the number of padding tokens on the left of each prompt."""
         device = self.tok_embed.weight.device
@@ -144,7 +151,8 @@ class Transformer(nn.Module):
     def generate(
         self, tokens: Tensor, max_new_tokens: int, sampler: Callable[[Tensor], Tensor], padding: Tensor | int = 0
     ) -> Iterator[Tensor]:
-        """Continue prompts (B, T), left-padded by `padding` (B,) tokens; yields the next token of each prompt, (B,).
+        """Continue prompts (B, T), left-padded by `padding` (B,) tokens; yields the next token of each prompt,
+        (B,), or its next n tokens, (B, n), where a model writes several at once.
 
         `sampler` turns logits (B, V) into tokens (B,). Ends after `max_new_tokens`, or with the token that follows a
         full context: the model reads at most max_seq_len tokens, and the last one predicts one more.
