@@ -5,7 +5,7 @@
 Runs that differ in the seed only share a row, which has their mean and standard deviation. A run with another recipe
 (optimiser, learning rates, ..) than the first run, or with other settings than the first run of its model, has a row of
 its own that names the difference. Only runs on the same data, with the same number of tokens and the same context are
-compared; for others there is an error that names them.
+compared; for others there is an error that names them. Where a loss is a bound, as of diffusion models, "≤" marks it.
 """
 
 import math
@@ -123,12 +123,20 @@ def cells(name: str, seeds: list[Result]) -> list[str]:
         str(len(seeds)),
         f"{total / 1e6:.2f} M" + (f" ({active / 1e6:.2f} M)" if active < total else ""),
         f"{costs['flops_per_token'] / 1e6:.2f}",
-        spread([run.last["eval_loss"] for run in seeds]),
-        spread([run.last["eval_bits_per_byte"] for run in seeds]),
+        bounded(seeds, "eval_loss"),
+        bounded(seeds, "eval_bits_per_byte"),
         f"{statistics.median(speeds):,.0f}" if speeds else "",
         f"{max(memory) / 2**20:,.0f}" if memory else "",
         f"{costs['cache_bytes_per_token']:,.0f}",
     ]
+
+
+def bounded(seeds: list[Result], name: str) -> str:
+    """The spread of a metric. A bound begins with "≤" and ends with the standard error of its random draws, the largest
+    of the seeds."""
+    text = spread([run.last[name] for run in seeds])
+    errors = [run.last.get(f"{name}_error") for run in seeds]
+    return text if errors[0] is None else f"≤ {text} (draws: {max(errors):.4f})"
 
 
 def spread(values: list[float]) -> str:

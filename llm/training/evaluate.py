@@ -3,6 +3,9 @@
     perplexity = exp(nats per token)        bits per byte = total nats / ln 2 / UTF-8 bytes of the targets
 
 Bits per byte do not depend on the tokenizer, so they compare models with different vocabularies.
+
+A model that is not causal has no such number, only a bound on it, which is a mean over random draws. The whole split is
+evaluated again with other draws until the standard error of the mean is below MAX_ERROR.
 """
 
 import math
@@ -33,29 +36,63 @@ class EvalSet:
         return cls(windows, int(token_bytes(data.tokenizer_path)[windows[:, 1:]].sum()))
 
 
+MAX_ERROR, MOST_DRAWS = 0.01, 200  # nats per token; times that the split is evaluated
+
+
 @torch.no_grad()
 def evaluate(
     model: Transformer, eval_set: EvalSet, micro_batch_size: int, machine: Machine, ranks: Ranks, seed: int = 0
 ) -> dict[str, float]:
     """eval_loss (nats per token), eval_perplexity and eval_bits_per_byte. Each rank computes its share of the windows.
 
-    torch is seeded before every batch, so a loss that draws random numbers draws the same ones in each evaluation.
+    torch is seeded before every batch, so a loss that draws random numbers draws the same ones in each evaluation. Of a
+    bound there are also eval_draws and the standard errors eval_loss_error and eval_bits_per_byte_error.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, device=machine.device)  # nats, windows
-    for first in range(ranks.rank * micro_batch_size, len(eval_set.windows), ranks.world_size * micro_batch_size):
-        batch = eval_set.windows[first : first + micro_batch_size].to(machine.device)
-        torch.manual_seed(draw_seed(seed, first))
-        with machine.autocast():
-            ce = model.loss(batch)[1]["ce"]
-        sums += torch.stack([ce * len(batch), ce.new_tensor(len(batch))])
+    n_windows = len(eval_set.windows)
+    draws = [batch_nats(model, eval_set, micro_batch_size, machine, ranks, seed, 0)]
+    fewest = 1 if model.causal else 2 + 8 // math.ceil(n_windows / micro_batch_size)
+    error = 0.0
+    while len(draws) < fewest or (error > MAX_ERROR and len(draws) < MOST_DRAWS):
+        draws.append(batch_nats(model, eval_set, micro_batch_size, machine, ranks, seed, len(draws)))
+        variance = torch.stack(draws).var(0).sum() / len(draws)
+        error = math.sqrt(ranks.average(variance).item() * ranks.world_size) / n_windows
     model.train(was_training)
-    nats, n_windows = ranks.average(sums).tolist()
-    loss = nats / n_windows
-    n_tokens = eval_set.windows[:, 1:].numel()
-    bits_per_byte = loss * n_tokens / math.log(2) / eval_set.n_bytes
-    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_bits_per_byte": bits_per_byte}
+    loss = ranks.average(torch.stack(draws).mean(0).sum()).item() * ranks.world_size / n_windows
+    to_bits = eval_set.windows[:, 1:].numel() / math.log(2) / eval_set.n_bytes
+    result = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_bits_per_byte": loss * to_bits}
+    if model.causal:
+        return result
+    errors = {"eval_loss_error": error, "eval_bits_per_byte_error": error * to_bits}
+    return result | errors | {"eval_draws": len(draws)}
+
+
+def batch_nats(
+    model: Transformer, eval_set: EvalSet, size: int, machine: Machine, ranks: Ranks, seed: int, draw: int
+) -> Tensor:
+    """The loss of each batch of this rank times its windows, with the random numbers of this draw."""
+    nats = [torch.zeros(0, device=machine.device)]
+    for first in range(ranks.rank * size, len(eval_set.windows), ranks.world_size * size):
+        batch = eval_set.windows[first : first + size].to(machine.device)
+        torch.manual_seed(draw_seed(seed, first, draw))
+        with machine.autocast():
+            nats.append(model.loss(batch)[1]["ce"][None] * len(batch))
+    return torch.cat(nats)
+
+
+def is_bound(result: dict[str, float]) -> bool:
+    """Whether an evaluation, or its line in metrics.jsonl, is a bound on the loss and not the loss itself."""
+    return "eval_loss_error" in result
+
+
+def in_words(result: dict[str, float]) -> str:
+    """The loss and the bits per byte of an evaluation; a bound is called one, with its standard error."""
+    loss, bits = result["eval_loss"], result["eval_bits_per_byte"]
+    if not is_bound(result):
+        return f"eval loss {loss:.4f}, {bits:.4f} bits per byte"
+    errors = result["eval_loss_error"], result["eval_bits_per_byte_error"]
+    return f"eval loss at most {loss:.4f} ± {errors[0]:.4f}, {bits:.4f} ± {errors[1]:.4f} bits per byte (a bound)"
 
 
 def draw_seed(*place: int) -> int:

@@ -17,6 +17,7 @@ from llm.generate.text import encode_prompt, write
 from llm.models.transformer import Transformer
 from llm.training.checkpoint import save_checkpoint
 from llm.training.device import Machine
+from llm.training.evaluate import in_words, is_bound
 from llm.training.optim import MuonAndAdamW
 from llm.training.resume import Progress
 from llm.training.run_directory import RunDirectory, read_metrics
@@ -102,9 +103,7 @@ class Journal:
         self.model.train()
         self.run.sample(step, self.story)
         self.run.plot()
-        tqdm.write(
-            f"step {step}: eval loss {result['eval_loss']:.4f}, {result['eval_bits_per_byte']:.4f} bits per byte"
-        )
+        tqdm.write(f"step {step}: {in_words(result)}")
         self.restart_clock()
 
     def save(self, best: bool) -> None:
@@ -132,7 +131,7 @@ class Journal:
         )
         print(
             f"\neval loss   {first['eval_loss']:.3f} at step {first['step']}, {last['eval_loss']:.3f} at step "
-            f"{last['step']} ({last['eval_bits_per_byte']:.3f} bits per byte)\n"
+            f"{last['step']} ({last['eval_bits_per_byte']:.3f} bits per byte{', a bound' if is_bound(last) else ''})\n"
             f"a story     {self.story}\n\n"
             f"metrics     {out / 'metrics.jsonl'}\n"
             f"curve       {out / 'loss.png'}\n"
