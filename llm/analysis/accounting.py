@@ -23,23 +23,26 @@ def describe(model: Transformer, context: int | None = None) -> dict[str, float]
 
     parameters, active_parameters      all of them; those that one token uses
     flops_per_token                    forward pass, mean over the tokens of one text
-    training_flops_per_token           forward and backward pass
+    training_flops_per_token           forward and backward pass, of both copies of the text in block diffusion
+    flops_per_written_token            the forward pass, or as many as a diffusion model needs for each token it writes
     cache_bytes_per_token              cache of a full context, in the weights' dtype, divided by its tokens; under a
                                        window or with a recurrent state it falls as the context grows
     """
     context = context or model.config.max_seq_len
-    flops = forward_flops(model, context)
+    flops, head = forward_flops(model, context), 2 * model.head_weight().numel()
+    passes = model.passes_per_token(context)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "active_parameters": active_parameters(model),
         "flops_per_token": flops,
-        "training_flops_per_token": 3 * flops,
+        "training_flops_per_token": 3 * (passes["training_blocks"] * (flops - head) + head),
+        "flops_per_written_token": passes["writing_blocks"] * (flops - head) + passes["writing_head"] * head,
         "cache_bytes_per_token": cache_bytes(model, context) / context,
     }
 
 
 def summary(model: Transformer) -> str:
-    """The same costs as text, in three aligned lines."""
+    """The same costs as text, in aligned lines: three, and for a diffusion model a fourth."""
     context = model.config.max_seq_len
     costs = describe(model, context)
     total, active = costs["parameters"], costs["active_parameters"]
@@ -48,6 +51,7 @@ def summary(model: Transformer) -> str:
         f"compute     {units(costs['flops_per_token'])}FLOPs a token forward, "
         f"{units(costs['training_flops_per_token'])}FLOPs in training, at context {context:,}\n"
         f"cache       {units(costs['cache_bytes_per_token'])}B a token"
+        + ("" if model.causal else f"\nwriting     {units(costs['flops_per_written_token'])}FLOPs a written token")
     )
 
 
