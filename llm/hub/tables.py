@@ -179,6 +179,8 @@ class Published:
     and leaves the field out. If config.json has a list, each of its items must be one of these values."""
     nullable: frozenset[str] = frozenset()
     """Their fields that may be null although their default is not."""
+    own_code: bool = False
+    """Whether transformers has no such class: its repository brings the code (trust_remote_code)."""
     heads_divide_width: bool = False
     """Whether transformers requires that num_attention_heads divides hidden_size, even if head_dim is set."""
     ignored: frozenset[str] = frozenset()

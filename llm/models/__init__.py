@@ -2,16 +2,20 @@
 
 from llm.models.alibi import ALiBiDecoder
 from llm.models.attention_sink import AttentionSink
+from llm.models.autoregressive_twin import AutoregressiveTwin
 from llm.models.baseline import Baseline
 from llm.models.big_bird import BigBird
+from llm.models.block_diffusion import BlockDiffusion
 from llm.models.block_mixture import BlockMixture
 from llm.models.case_studies.deepseek_v2 import DeepseekV2
 from llm.models.case_studies.deepseek_v3 import DeepseekV3
 from llm.models.case_studies.deepseek_v3_2 import DeepseekV32
+from llm.models.case_studies.dream import Dream
 from llm.models.case_studies.gemma import Gemma, Gemma2, Gemma3
 from llm.models.case_studies.glm4_moe import GLM4MoE
 from llm.models.case_studies.gpt2 import GPT2
 from llm.models.case_studies.gpt_oss import GPTOSS
+from llm.models.case_studies.llada import LLaDA
 from llm.models.case_studies.llama import Llama
 from llm.models.case_studies.ministral3 import Ministral3
 from llm.models.case_studies.mistral import Mistral
@@ -38,6 +42,7 @@ from llm.models.linear_attention import LinearAttentionDecoder
 from llm.models.loss_free_balancing import LossFreeBalancing
 from llm.models.mamba import MambaDecoder
 from llm.models.mamba2 import Mamba2Decoder
+from llm.models.masked_diffusion import MaskedDiffusion
 from llm.models.mixture_of_experts import MixtureOfExperts
 from llm.models.multi_query import MultiQuery
 from llm.models.native_sparse import NativeSparse
@@ -103,6 +108,9 @@ MODELS: dict[str, type[Transformer]] = {
     "rwkv7": RWKV7,
     "hybrid": Hybrid,
     "parallel_hybrid": ParallelHybrid,
+    "masked_diffusion": MaskedDiffusion,
+    "block_diffusion": BlockDiffusion,
+    "autoregressive_twin": AutoregressiveTwin,
     "gpt2": GPT2,
     "llama": Llama,
     "smollm3": SmolLM3,
@@ -124,4 +132,6 @@ MODELS: dict[str, type[Transformer]] = {
     "qwen3_moe": Qwen3MoE,
     "glm4_moe": GLM4MoE,
     "gpt_oss": GPTOSS,
+    "llada": LLaDA,
+    "dream": Dream,
 }

@@ -3,6 +3,7 @@
 from llm.config import ModelConfig
 from llm.hub.maps import (
     deepseek,
+    diffusion,
     gemma,
     glm4_moe,
     gpt2,
@@ -19,7 +20,22 @@ from llm.hub.maps import (
 from llm.hub.tables import Published
 from llm.models.transformer import Transformer
 
-FAMILIES = (gpt2, llama, smollm3, mistral, ministral3, phi3, qwen3, olmo2, gemma, deepseek, glm4_moe, mixtral, gpt_oss)
+FAMILIES = (
+    gpt2,
+    llama,
+    smollm3,
+    mistral,
+    ministral3,
+    phi3,
+    qwen3,
+    olmo2,
+    gemma,
+    deepseek,
+    glm4_moe,
+    mixtral,
+    gpt_oss,
+    diffusion,
+)
 PUBLISHED: dict[type[Transformer], Published] = {
     Model: published for family in FAMILIES for Model, published in family.PUBLISHED.items()
 }
