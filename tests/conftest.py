@@ -45,8 +45,18 @@ def redraw(module: torch.nn.Module) -> None:
         parameter.copy_(centre + spread * torch.randn_like(parameter))
 
 
+CAUSAL = [name for name, Model in MODELS.items() if Model.causal]
+DENOISERS = [name for name in MODELS if name not in CAUSAL]
+
+
 @pytest.fixture(params=MODELS)
 def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(params=CAUSAL)
+def causal_model(request):
+    """For what only a model that predicts the next token promises; the others' promises are in test_diffusion.py."""
     return tiny_model(request.param)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import VOCABULARY, redraw, tiny_model
+from conftest import CAUSAL, VOCABULARY, redraw, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -316,14 +316,14 @@ def test_models_of_one_kind_are_told_apart_when_the_steps_of_both_are_compiled()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_every_model_writes_the_same_when_its_step_is_compiled(name):
     torch.compiler.reset()
     equal_when_compiled(name, compile_decoding)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_in_bf16_a_compiled_step_is_as_near_to_float64_as_an_eager_one(name):
     torch.compiler.reset()
     prompt, text = torch.randint(VOCABULARY, (2, 2, STEP - 8), generator=torch.Generator().manual_seed(1))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llm.hub.maps.common import DECODER, OURS, fields
-from llm.hub.maps.qwen3 import FULL_ATTENTION, UNUSED_WINDOW, dense_fields
+from llm.hub.maps.qwen3 import dense_fields
 from llm.hub.rope import read_rope, write_rope
 from llm.hub.tables import PretrainedError, Published, check_kind, same
 from llm.models.case_studies.dream import Dream
@@ -38,6 +38,10 @@ NO_EFFECT = frozenset(
     }
 )
 """Fields of code that LLaDA's began as: training, numerics, and settings of parts that are switched off."""
+
+
+FULL_ATTENTION = {"hidden_act": ("silu",), "use_sliding_window": (False,), "layer_types": ("full_attention", None)}
+UNUSED_WINDOW = frozenset({"sliding_window", "max_window_layers"})
 
 
 def read_llada(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
