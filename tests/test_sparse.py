@@ -229,3 +229,12 @@ def test_chosen_keys_are_looked_up_in_parts_and_computed_again_for_the_gradient(
 def test_impossible_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_a_summary_is_written_when_the_last_token_of_its_block_arrives_and_not_before():
+    layer, x = mixer(BlockMixtureAttention, block_size=5, top_k=3)
+    cache = layer.make_cache(2, T)
+    for start, stop in ((0, 3), (3, 4), (4, 5), (5, 14), (14, 15), (15, T)):
+        layer(x[:, start:stop], torch.arange(start, stop).expand(2, -1), cache)
+        written = cache["means"][:, :-1].flatten(2).any(-1)
+        assert torch.equal(written, (torch.arange(T // 5) < stop // 5).expand(2, -1))
