@@ -285,6 +285,6 @@ def write_config(published: Published, config: Any) -> dict[str, Any]:
     theirs = {"architectures": [published.architecture], "model_type": published.model_type}
     for name, their_name, default in published.fields:
         value = getattr(config, name)
-        if value is not None or default is not None:  # a whole number is no float to transformers
+        if value is not None or default is not None:  # transformers refuses an int for a float
             theirs[their_name] = float(value) if isinstance(default, float) and value is not None else value
     return theirs | published.write(config)
