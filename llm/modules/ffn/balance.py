@@ -58,7 +58,7 @@ class Balanced(nn.Module):
         counts = counts.scatter_add(1, choices, torch.ones_like(choices, dtype=p.dtype))
         self.aux_loss = self.aux_loss_coef * balance_loss(p, counts) + self.z_loss_coef * z_loss(logits)
         entropy = torch.special.entr(p.detach()).sum()
-        rest = torch.stack([(weights == 0).sum(), entropy, entropy.new_tensor(p.shape[0] * p.shape[1])])
+        rest = torch.stack([(weights == 0).sum(), entropy, entropy.new_full((), p.shape[0] * p.shape[1])])
         self.seen = torch.cat([counts.sum(0), rest]).detach()
 
     def pop_loss(self) -> Tensor | None:
