@@ -1,0 +1,213 @@
+"""The parts of `benchmarks/gpu.sh`: tests, every model against the CPU, decoding, speed beside transformers, training.
+
+Each part is a process of its own under its own time limit. After each, results.json and results.md are written anew, so
+whatever ends the job leaves the parts before it. The parts are ordered by what is least known.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from measure import machine_line
+from torch import nn
+from tqdm import tqdm
+
+from llm.files import write_atomically
+from llm.generate.compile import compile_decoding
+from llm.generate.sampling import greedy
+from llm.models import MODELS
+from llm.training.device import find_device
+from llm.training.gradient import Objective
+
+FIRST = ("baseline", "llama", "qwen3", "deepseek_v3", "mixtral", "gpt_oss", "gemma3", "gpt2", "sliding_window")
+BY_IMPORTANCE = (*FIRST, *(name for name in MODELS if name not in FIRST))
+TESTS = ("test_compiled", "test_attention", "test_moe", "test_flash_attention", "test_cross_entropy", "test_device")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Check and measure all on one GPU; results are written as they come."""
+
+    device: str = "cuda"
+    """cuda, or cpu to try the script itself."""
+    tiny: bool = False
+    """One model and a few steps: whether each part works, not how fast it is."""
+    out: Path = Path(os.environ.get("OUT", "runs/gpu"))
+    """Folder of the results."""
+    parts: tuple[str, ...] = ()
+    """Which parts, by name; all where none is given."""
+    inside: Literal["models", "decoding", ""] = ""
+    """A part that this file does itself; used by itself."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command under a time limit in seconds."""
+
+    name: str
+    limit: int
+    words: list[str]
+
+
+def all_parts(flags: Arguments) -> list[Part]:
+    """Every part in its order; the limits add up to eight minutes."""
+    tiny, device = flags.tiny, ["--device", flags.device]
+    tests = [f"tests/{name}.py" for name in TESTS[:1] if tiny] or [f"tests/{name}.py" for name in TESTS]
+    chosen = ["-k", "baseline"] if tiny else ["-k", "compiled or cuda or gpu or flex or grouped or autocast"]
+    own = [__file__, *device, "--out", str(flags.out), *(["--tiny"] if tiny else [])]
+    few = (
+        ["--turns", "1", "--rivals"]
+        if tiny
+        else ["--turns", "3", "--rivals", "transformers GPT-2", "transformers Llama"]
+    )
+    batch = ["--windows", "1", "--length", "32", "--steps", "1", "--modes", "eager"] if tiny else ["--windows", "32"]
+    large = batch if tiny else ["--windows", "16", "--length", "1024"]
+    text = ["--prompts", "8", "--new-tokens", "4", "--modes", "eager"] if tiny else ["--prompts", "128"]
+    sizes = ["--steps", "2", "--tokens-per-step", "256", "--micro-batch-size", "1"] if tiny else ["--steps", "1500"]
+    run = ["--sample", *device, *sizes, "--wandb", "off", "--resume", "never", "--out", str(flags.out / "run")]
+    return [
+        Part("tests", 100, ["-m", "pytest", *tests, *chosen]),
+        Part("models", 110, [*own, "--inside", "models"]),
+        Part("decoding", 60, [*own, "--inside", "decoding"]),
+        Part("training-17M", 50, ["benchmarks/train.py", *device, *batch, *few]),
+        Part("training-124M", 60, ["benchmarks/train.py", *device, "--size", "gpt2", *large, *few]),
+        Part("writing", 40, ["benchmarks/decode.py", *device, "--batches", "1", "16", *text, *few]),
+        Part("a-run", 60, ["train_scripts/train_baseline.py", *run]),
+    ]
+
+
+def main() -> None:
+    """Run the parts, or one from within."""
+    flags = tyro.cli(Arguments)
+    if flags.inside:
+        return check_each(flags, {"models": check_model, "decoding": check_decoding}[flags.inside])
+    parts = all_parts(flags)
+    if unknown := set(flags.parts) - {part.name for part in parts}:
+        sys.exit(
+            f"error: no part is called {', '.join(unknown)}; there are {', '.join(p.name for p in parts)} (--parts)"
+        )
+    flags.out.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine_line(find_device(flags.device)), "tiny": flags.tiny, "parts": []}
+    for part in tqdm([part for part in parts if not flags.parts or part.name in flags.parts], unit="part"):
+        results["parts"].append(run_part(part, flags))
+        write_results(results, flags.out)
+    print(f"written to {flags.out / 'results.md'}")
+    if any(part["status"] for part in results["parts"]):
+        sys.exit(1)
+
+
+def run_part(part: Part, flags: Arguments) -> dict:
+    """Run a part in a session of its own, and end all of it at its limit; on a CPU with six times as long."""
+    limit = part.limit * (1 if flags.device == "cuda" else 6)
+    log, start = flags.out / f"{part.name}.log", time.perf_counter()
+    with open(log, "w", encoding="utf-8") as file:
+        child = subprocess.Popen([sys.executable, *part.words], stdout=file, stderr=file, start_new_session=True)
+        try:
+            status: int | str = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {limit} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    lines = flags.out / f"{part.name}.jsonl"
+    found = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
+    return {"name": part.name, "status": status, "seconds": time.perf_counter() - start, "found": found}
+
+
+def write_results(results: dict, out: Path) -> None:
+    """The results so far, as JSON and as Markdown with the last lines of each log."""
+    text = [f"# {results['machine']}{' (tiny: figures mean nothing)' if results['tiny'] else ''}"]
+    for part in results["parts"]:
+        verdict = "done" if part["status"] == 0 else f"FAILED ({part['status']})"
+        text.append(f"\n## {part['name']}: {verdict} in {part['seconds']:.0f} s\n")
+        log = (out / f"{part['name']}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        text += ["```", *log[-25 if part["status"] == 0 else -60 :], "```"]
+    write_atomically(out / "results.json", json.dumps(results, indent=2).encode())
+    write_atomically(out / "results.md", "\n".join([*text, ""]).encode())
+
+
+def check_each(flags: Arguments, check) -> None:
+    """`check` every model in the order of importance, one line for each; ends with status 1 where one has failed."""
+    failed, lines = False, flags.out / f"{flags.inside}.jsonl"
+    lines.unlink(missing_ok=True)
+    for name in BY_IMPORTANCE[: 1 if flags.tiny else None]:
+        torch.compiler.reset()
+        start = time.perf_counter()
+        try:
+            found = check(name, flags.device)
+        except Exception as error:  # one model must not hide the others
+            found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
+        failed |= not found["ok"]
+        found = {"model": name} | found | {"seconds": round(time.perf_counter() - start, 1)}
+        with open(lines, "a", encoding="utf-8") as file:
+            print(json.dumps(found), file=file)
+        print(json.dumps(found), flush=True)
+    sys.exit(failed)
+
+
+def small_model(name: str, length: int = 64) -> nn.Module:
+    """A small model in fp32 on the CPU."""
+    torch.manual_seed(0)
+    Config = MODELS[name].Config
+    return MODELS[name](Config(**{**Config.small, "vocab_size": 500, "n_layers": 2, "max_seq_len": length}))
+
+
+def check_model(name: str, device: str) -> dict:
+    """Loss and gradient of a compiled step, and the logits in bf16, against the CPU's."""
+    windows = torch.randint(500, (4, 65), generator=torch.Generator().manual_seed(1))
+    losses, gradients = [], []
+    for where, compiles in (("cpu", False), (device, True)):
+        model = small_model(name).to(where).train()
+        with torch.autocast(where, torch.bfloat16):
+            loss, _ = Objective(model, compiles, insist=True)(windows.to(where))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
+    model = small_model(name).eval()
+    with torch.inference_mode():
+        exact = copy.deepcopy(model).double()(windows[:, :-1])
+        rounded = copy.deepcopy(model).bfloat16()(windows[:, :-1])
+        there = model.to(device, torch.bfloat16)(windows[:, :-1].to(device)).cpu()
+    found = {
+        "loss_error": abs(losses[1] / losses[0] - 1),
+        "gradient_cosine": torch.cosine_similarity(*gradients, dim=0).item(),
+        "logits_error_over_cpus": ((there - exact).abs().mean() / (rounded - exact).abs().mean()).item(),
+    }
+    good = found["loss_error"] < 0.02 and found["gradient_cosine"] > 0.95 and found["logits_error_over_cpus"] < 1.5
+    return {"ok": good} | found
+
+
+def check_decoding(name: str, device: str) -> dict:
+    """Logits of a text that is told token by token, compiled (CUDA graphs) and eager: nearly equal in fp32."""
+    prompt, text = torch.randint(500, (2, 2, 24), generator=torch.Generator().manual_seed(1)).to(device)
+    seen = []
+    model = small_model(name).eval().to(device)
+    for compiled in (False, True):
+        if compiled:
+            compile_decoding(model, insist=True)
+        told, steps = iter(text.T), []
+
+        def sampler(logits, told=told, steps=steps):
+            steps.append(logits.float().clone())
+            greedy(logits)
+            return next(told)
+
+        list(model.generate(prompt, 20, sampler))
+        seen.append(torch.stack(steps))
+    error = ((seen[1] - seen[0]).abs().max() / seen[0].std()).item()
+    return {"ok": error < 1e-3, "largest_difference": error}
+
+
+if __name__ == "__main__":
+    main()
