@@ -32,13 +32,14 @@ def test_muon_takes_the_matrices_of_the_blocks_and_every_parameter_has_one_optim
     assert {owner[id(p)] for p in projections} == {"muon"}
 
 
-MATRIX = r".*(_proj|router|tok_embed|table|lm_head)\.weight|.*experts\.\w+_proj"
-VECTOR = r".*norm\.(weight|bias)|.*\.bias|.*_bias|.*\.sinks|.*mixer\.[uv]"
+MATRIX = r".*(_proj|\.proj|router|tok_embed|table|lm_head|\.conv)\.weight|.*experts\.\w+_proj"
+VECTOR = r".*norm\.(weight|bias)|.*\.bias|.*_bias|.*\.sinks|.*mixer\.[uv]|.*\.(A_log|D|mu|k_a|k_k|r_k|place)"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_role_of_every_parameter_decides_whether_it_decays_not_its_number_of_axes(name):
-    """Matrices of a product and embeddings decay; gains, biases, sinks and Transformer-XL's u and v do not."""
+    """Matrices of a product, convolutions and embeddings decay. Gains, biases, sinks, rates, places in a block, and the
+    vectors of Transformer-XL (u, v) and RWKV-7 (mu, k_a, k_k, r_k) do not."""
     model = tiny_model(name)
     decaying = set(map(id, split_by_decay(model)[0]))
     for parameter_name, parameter in model.named_parameters():

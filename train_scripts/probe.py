@@ -18,15 +18,16 @@ from pathlib import Path
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from llm.analysis.probes import TASKS, UNDECIDED, draw
 from llm.config import TrainConfig
-from llm.files import write_atomically
+from llm.console import console
+from llm.files import replacing, write_atomically
 from llm.models import MODELS
+from llm.training.curve import new_figure, try_to_draw
 from llm.training.optim import learning_rate, make_optimizer
 
 LSTM = "lstm"  # no language model of ours, as a control: it keeps a state through time
@@ -150,10 +151,8 @@ def report(runs: list[dict], a: Arguments) -> None:
     tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
     models = list(dict.fromkeys(run["model"] for run in runs))
     lines = []
-    figure = Figure(figsize=(1.5 + 0.62 * len(tasks) * len(a.longer), 1.8 + 0.28 * len(models)), dpi=130)
-    panels = figure.subplots(1, len(a.longer), sharey=True, squeeze=False)[0]
-    for times, panel in zip(map(str, a.longer), panels, strict=True):
-        values = [[best(runs, model, task, times) for task in tasks] for model in models]
+    tables = {t: [[best(runs, model, task, t) for task in tasks] for model in models] for t in map(str, a.longer)}
+    for times, values in tables.items():
         lines += [f"Texts of {times} times the trained length, accuracy in percent:", ""]
         lines += ["| model | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
         rows = zip(models, values, strict=True)
@@ -161,17 +160,26 @@ def report(runs: list[dict], a: Arguments) -> None:
             f"| {m} | " + " | ".join("" if v is None else f"{100 * v:.0f}" for v in row) + " |" for m, row in rows
         ]
         lines += [f"| chance | {' | '.join(f'{100 * TASKS[task].chance:.0f}' for task in tasks)} |", ""]
+    write_atomically(a.out.with_suffix(".md"), "\n".join(lines).encode())
+    print("\n".join(lines))
+    try_to_draw(draw_tables, tables, a.out.with_suffix(".png"), models, tasks)
+
+
+def draw_tables(tables: dict[str, list[list[float | None]]], path: Path, models: list[str], tasks: list[str]) -> None:
+    """One panel for each length: a row for each model, a column for each task."""
+    figure = new_figure(figsize=(1.5 + 0.62 * len(tasks) * len(tables), 1.8 + 0.28 * len(models)), dpi=130)
+    panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for (times, values), panel in zip(tables.items(), panels, strict=True):
         shown = torch.tensor([[float("nan") if v is None else v for v in row] for row in values])
         panel.imshow(shown, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         panel.set_title(f"{times} x trained length", fontsize=9)
         panel.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", fontsize=8)
         panel.set_yticks(range(len(models)), models, fontsize=8)
-    figure.savefig(picture := a.out.with_suffix(".png.tmp"), format="png", bbox_inches="tight")
-    picture.replace(a.out.with_suffix(".png"))
-    write_atomically(a.out.with_suffix(".md"), "\n".join(lines).encode())
-    print("\n".join(lines))
+    with replacing(path) as picture:
+        figure.savefig(picture, format="png", bbox_inches="tight")
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     a = tyro.cli(Arguments, args=arguments)
     if a.quick:

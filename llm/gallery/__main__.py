@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from llm.console import console
 from llm.gallery import catalog, page
 from llm.gallery.compare import marks
 from llm.gallery.png import write_png
@@ -37,6 +38,7 @@ class Arguments:
     """Colours of the picture."""
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     flags = tyro.cli(Arguments, args=arguments)
     try:
