@@ -41,12 +41,13 @@ def model(request):
     Model = MODELS[request.param]
     sizes = {**Model.Config.small, "vocab_size": VOCABULARY, "n_layers": 2, "max_seq_len": 64}
     dtype = request.node.callspec.params.get("dtype", torch.float32)
+    built = Model(Model.Config(**sizes))
     with FakeTensorMode():
-        with GPU:
-            built = Model(Model.Config(**sizes))
-        for parameter in built.parameters():
-            parameter.data = parameter.data.to(dtype)  # as load_pretrained does; `.to` swaps, which these refuse
-        assert {x.device for x in built.state_dict().values()} == {GPU}
+        for module in built.modules():
+            for name, x in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(x.shape, dtype=dtype, device=GPU)))
+            for name, x in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(x.shape, dtype=x.dtype, device=GPU))
         yield built
 
 
