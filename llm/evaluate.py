@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from llm.console import console
 from llm.data.stories import END_OF_TEXT
 from llm.generate.load import load_run
 from llm.generate.text import end_of_text
@@ -147,6 +148,7 @@ def evaluate_text(
     return Result(n_tokens, count_bytes(tokenizer, documents, stories, n_tokens + 1) - first, nats)
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)

@@ -30,9 +30,9 @@ def gradient(name: str, micro_batch_size: int, ranks: Ranks = ALONE) -> dict[str
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference of two gradients; both have the same parameters."""
+    """The largest relative difference of two gradients of the same parameters; some are 0 up to rounding."""
     assert one.keys() == other.keys()
-    return max(((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-12)).item() for name in one)
+    return max(((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-9)).item() for name in one)
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batch_size():

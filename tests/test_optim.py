@@ -32,8 +32,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_every_parameter_has_one_optim
     assert {owner[id(p)] for p in projections} == {"muon"}
 
 
-MATRIX = r".*(_proj|\.proj|router|tok_embed|table|lm_head|\.conv)\.weight|.*experts\.\w+_proj"
-VECTOR = r".*norm\.(weight|bias)|.*\.bias|.*_bias|.*\.sinks|.*mixer\.[uv]|.*\.(A_log|D|mu|k_a|k_k|r_k|place)"
+MATRIX = r".*(_proj|shared\.gate|\.proj|router|tok_embed|table|lm_head|\.conv)\.weight|.*experts\.\w+_proj"
+VECTOR = r".*norm\.(weight|bias)|.*\.bias|.*_bias|.*\.sinks|.*mixer\.[uv]|.*\.(A_log|D|mu|k_a|k_k|r_k|place|mask)"
 
 
 @pytest.mark.parametrize("name", MODELS)

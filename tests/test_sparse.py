@@ -90,7 +90,7 @@ def native_by_loops(layer, x):
     heads = torch.zeros_like(q)
 
     def compress(module, tokens):
-        return module.proj.weight @ torch.cat(
+        return module.block_proj.weight @ torch.cat(
             [token + place for token, place in zip(tokens, module.place, strict=True)]
         )
 

@@ -35,11 +35,11 @@ class Compress(nn.Module):
     def __init__(self, size: int, head_dim: int):
         super().__init__()
         self.place = nn.Parameter(torch.zeros(size, head_dim))
-        self.proj = nn.Linear(size * head_dim, head_dim, bias=False)
+        self.block_proj = nn.Linear(size * head_dim, head_dim, bias=False)
 
     def forward(self, blocks: Tensor) -> Tensor:
         placed = blocks + self.place[:, None].to(blocks.dtype)
-        return self.proj(placed.transpose(2, 3).flatten(3))
+        return self.block_proj(placed.transpose(2, 3).flatten(3))
 
 
 class NativeSparseAttention(nn.Module):
