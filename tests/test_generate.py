@@ -371,7 +371,7 @@ def test_ctrl_c_while_a_story_streams_ends_it_quietly(monkeypatch, capsys):
 
     model.generate = write_one
     monkeypatch.setattr("llm.hub.folder.stop_tokens", lambda path: ())
-    monkeypatch.setattr("llm.generate.load.load_run", lambda path, device: (model, tokenizer))
+    monkeypatch.setattr("llm.generate.load.load_run", lambda path, device, max_seq_len=None: (model, tokenizer))
     monkeypatch.setattr(sys, "argv", ["generate", "somewhere", "--prompt", "b"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("llm.generate", run_name="__main__")

@@ -180,7 +180,7 @@ def test_nsa_without_summaries_to_teach_it_gets_no_gradient_for_them():
     layer, x = mixer(NativeSparseAttention, **NATIVE)
     layer(x[:, :5], POSITIONS[:5]).sum().backward()
     without = {name for name, p in layer.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == {f"compress_{kind}.{name}" for kind in "kv" for name in ("place", "proj.weight")}
+    assert without == {f"compress_{kind}.{name}" for kind in "kv" for name in ("place", "block_proj.weight")}
 
 
 def test_a_block_is_finished_once_by_whatever_parts():
