@@ -56,6 +56,7 @@ class MaskableEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding, std: float):
         super().__init__()
         self.weight = embedding.weight
+        self.num_embeddings, self.embedding_dim = self.weight.shape
         self.mask = nn.Parameter(nn.init.normal_(torch.empty(self.weight.shape[1]), std=std))
 
     def forward(self, tokens: Tensor) -> Tensor:
