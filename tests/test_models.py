@@ -146,7 +146,7 @@ def test_the_head_may_be_untied(name, tokens):
     assert model.lm_head.weight.shape == (VOCABULARY, model.config.d_model)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name, Model in MODELS.items() if Model.causal])
 def test_it_can_learn_one_batch_by_heart(name):
     Model = MODELS[name]
     torch.manual_seed(0)
@@ -154,13 +154,10 @@ def test_it_can_learn_one_batch_by_heart(name):
     sizes = {**Model.Config.small, "vocab_size": 31, "n_layers": 2, "max_seq_len": 16, "tie_embeddings": False}
     model = Model(Model.Config(**sizes))
     batch = torch.randint(31, (4, 17), generator=torch.Generator().manual_seed(2))
-    if not Model.causal:  # it has to guess which of several windows hides behind masks: one window, many times hidden
-        batch = batch[:1].repeat(32, 1)
-    n_steps = 80 if Model.causal else 240
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     # decays to 0: at a constant rate a token that changes its expert at the end may cost a tenth of a nat
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=n_steps)
-    for _ in range(n_steps):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=80)
+    for _ in range(80):
         optimizer.zero_grad()
         model.loss(batch)[0].backward()
         optimizer.step()

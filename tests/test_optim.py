@@ -33,7 +33,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_every_parameter_has_one_optim
 
 
 MATRIX = r".*(_proj|shared\.gate|\.proj|router|tok_embed|table|lm_head|\.conv)\.weight|.*experts\.\w+_proj"
-VECTOR = r".*norm\.(weight|bias)|.*\.bias|.*_bias|.*\.sinks|.*mixer\.[uv]|.*\.(A_log|D|mu|k_a|k_k|r_k|place|mask)"
+VECTOR = r".*norm\.(weight|bias)|.*\.bias|.*_bias|.*\.sinks|.*mixer\.[uv]|"
+VECTOR += r".*\.(A_log|D|mu|k_a|k_k|r_k|place|hidden_token)"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -47,20 +47,18 @@ def hidden_counts(n_groups: int, group_size: int, device: torch.device | None = 
     return (u * group_size).long().clamp(max=group_size - 1) + 1
 
 
-class MaskableEmbedding(nn.Module):
+class MaskableEmbedding(nn.Embedding):
     """A token embedding with one more vector, for a hidden token: its number is V, one past the vocabulary.
 
     Takes over the weight (V, D) of an embedding. The head may share it and cannot predict the hidden token.
     """
 
     def __init__(self, embedding: nn.Embedding, std: float):
-        super().__init__()
-        self.weight = embedding.weight
-        self.num_embeddings, self.embedding_dim = self.weight.shape
-        self.mask = nn.Parameter(nn.init.normal_(torch.empty(self.weight.shape[1]), std=std))
+        super().__init__(*embedding.weight.shape, _weight=embedding.weight)
+        self.hidden_token = nn.Parameter(nn.init.normal_(torch.empty(self.weight.shape[1]), std=std))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 (..) -> (.., D)."""
         hidden = tokens == len(self.weight)
         x = F.embedding(tokens.masked_fill(hidden, 0), self.weight)
-        return torch.where(hidden[..., None], self.mask.to(x.dtype), x)
+        return torch.where(hidden[..., None], self.hidden_token.to(x.dtype), x)
