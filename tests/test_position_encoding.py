@@ -493,9 +493,9 @@ def test_the_shift_puts_scores_where_a_look_up_finds_them():
 def test_relative_attention_takes_keys_in_any_order():
     attention, positions = relative_attention(), torch.arange(6)
     q, k, v = heads(3, 2, 3, 6, 8)
-    expected = attention.attend(q, k, v, positions, positions)
+    expected = attention.attend(q, k, v, Places(positions, positions, whole_text=True))
     rows, order = positions.expand(2, -1), torch.tensor([3, 0, 5, 1, 4, 2])  # as in the slots of a ring
-    shuffled = attention.attend(q, k[:, :, order], v[:, :, order], rows, rows[:, order])
+    shuffled = attention.attend(q, k[:, :, order], v[:, :, order], Places(rows, rows[:, order]))
     torch.testing.assert_close(shuffled, expected)
 
 

@@ -378,7 +378,7 @@ def test_whatever_a_field_holds_the_model_is_built_or_the_error_is_ours(name):
     Model, published = PAIRS[name]
     config = transformers.AutoConfig.for_model(published.model_type).to_dict()
     config |= {field: n for field, n in FEW.items() if field in config}
-    config |= dict.fromkeys(("rope_scaling", "rope_theta", "layer_types"))
+    config |= dict.fromkeys(("rope_scaling", "rope_theta", "layer_types", "mlp_layer_types"))
     if name == "glm4_moe":
         config["head_dim"] = 128  # half of the 42 channels that transformers would take is no number of pairs
     built, refused = set(), set()

@@ -208,7 +208,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise PretrainedError(f"{folder / INDEX} has no weight_map from tensors to files: download it again")
         if (folder / WEIGHTS).is_file():  # all in one file, which transformers takes, too: the index is an old one
-            return [folder / WEIGHTS]
+            return [folder / WEIGHTS], {}
         names = sorted(set(where.values()))
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():

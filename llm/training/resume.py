@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -148,7 +148,7 @@ def check_same_run(saved_config: dict, config: dict) -> None:
 
     The message lists each field that differs, with its saved and its given value.
     """
-    saved, given = identity(saved_config), identity(config)
+    saved, given = identity(completed(saved_config)), identity(config)
     different = [name for name in sorted(saved.keys() | given.keys()) if saved.get(name) != given.get(name)]
     if different:
         lines = [
@@ -156,6 +156,14 @@ def check_same_run(saved_config: dict, config: dict) -> None:
         ]
         remedy = "Give the saved values, or another run directory (--out); --resume PATH begins it with these weights."
         raise CheckpointError("\n".join(["the settings are not those this run was saved with:", *lines, remedy]))
+
+
+def completed(record: dict) -> dict:
+    """A record that may be older than some settings of its model, with these at their defaults."""
+    Model = MODELS.get(record.get("model_name"))
+    known = fields(Model.Config) if Model else ()
+    defaults = {field.name: field.default for field in known if field.default is not MISSING}
+    return record | {"model": defaults | record.get("model", {})}
 
 
 def identity(config: dict, prefix: str = "") -> dict[str, str]:

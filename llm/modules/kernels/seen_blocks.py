@@ -23,7 +23,8 @@ def blocks(length: int, mask: Mask) -> Iterator[tuple[slice, Keys]]:
     """Each block's queries, and the keys that some of them see, in a text of `length` tokens; the mask looks back."""
     if not isinstance(mask, Causal) and mask.reach > length > QUERIES:
         return iter(searched(length, mask))
-    return ((rows, slice(max(0, rows.start + 1 - min(mask.reach, length)), rows.stop)) for rows in cut(length, QUERIES))
+    back = length if mask.reach >= length else int(mask.reach)  # min(inf, length) is a float when compiled
+    return ((rows, slice(max(0, rows.start + 1 - back), rows.stop)) for rows in cut(length, QUERIES))
 
 
 def cut(length: int, size: int) -> Iterator[slice]:
