@@ -294,7 +294,6 @@ def test_the_loss_of_further_tokens_is_the_reports_formula_written_as_loops(toke
                 nats.append(-(embedding @ deeper[-1][-1]).log_softmax(0)[row[i + k + 1]])
         depths.append(torch.stack(nats).mean())
         hidden = deeper
-    model.pop_aux_losses()
     loss, parts_of_it = model.loss(text)
     torch.testing.assert_close(parts_of_it["aux"], 0.7 * (depths[0] + depths[1]) / 2, rtol=1e-6, atol=0)
     torch.testing.assert_close(loss, parts_of_it["ce"] + parts_of_it["aux"], rtol=1e-12, atol=0)
@@ -356,7 +355,6 @@ def test_a_module_that_changes_nothing_scores_the_models_own_prediction_one_toke
         model.norm.weight.fill_(1.0)
     pass_through(model.mtp[0], 0.0, 1.0)
     logits = model(tokens[:, :-1])[:, :-1]
-    model.pop_aux_losses()
     expected = 0.7 * F.cross_entropy(logits.flatten(0, 1), tokens[:, 2:].flatten())
     torch.testing.assert_close(model.loss(tokens)[1]["aux"], expected, rtol=1e-4, atol=0)
 

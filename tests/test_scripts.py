@@ -69,7 +69,7 @@ def test_a_script_trains_its_model_which_can_be_loaded_again(data, tmp_path, nam
     if not model.causal:
         eval_set = EvalSet.of(open_tokens(data), 32, 4)
         again = evaluate(model, eval_set, 4, Machine(torch.device("cpu"), bf16=False, compile=False), Ranks())
-        assert 0 <= found["eval_loss_error"] < 0.01 and found == pytest.approx(again, rel=1e-5)
+        assert 0 <= found["eval_loss_error"] < 0.05 and found == pytest.approx(again, rel=1e-5)
         return
     tokens = eval_windows(open_tokens(data).eval, 32, 4)
     with torch.no_grad():

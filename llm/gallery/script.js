@@ -146,9 +146,14 @@ function groups(values, key) {
 }
 
 function makeTree() {
-  const children = new Map();
-  const put = (parent, child) => children.set(parent, new Set([...(children.get(parent) ?? []), child]));
-  for (const m of data.models.filter((model) => model.lineage)) {
+  const children = new Map(), placed = new Set();
+  const put = (parent, child) => {  // once, although a class with two parents is reached twice
+    if (!placed.has(child)) children.set(parent, [...(children.get(parent) ?? []), child]);
+    placed.add(child);
+  };
+  const models = data.models.filter((model) => model.lineage);
+  for (const m of models) put(m.lineage[0], m.name);
+  for (const m of models) {
     const chain = [m.name, ...m.lineage];
     for (let i = 0; i + 1 < chain.length; i++) put(chain[i + 1], chain[i]);
   }
