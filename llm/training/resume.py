@@ -148,7 +148,7 @@ def check_same_run(saved_config: dict, config: dict) -> None:
 
     The message lists each field that differs, with its saved and its given value.
     """
-    saved, given = identity(completed(saved_config)), identity(config)
+    saved, given = identity(completed(saved_config, config)), identity(config)
     different = [name for name in sorted(saved.keys() | given.keys()) if saved.get(name) != given.get(name)]
     if different:
         lines = [
@@ -158,11 +158,13 @@ def check_same_run(saved_config: dict, config: dict) -> None:
         raise CheckpointError("\n".join(["the settings are not those this run was saved with:", *lines, remedy]))
 
 
-def completed(record: dict) -> dict:
-    """A record that may be older than some settings of its model, with these at their defaults."""
+def completed(record: dict, given: dict) -> dict:
+    """A record that may be older than some of the given settings of its model, with these at their defaults."""
     Model = MODELS.get(record.get("model_name"))
     known = fields(Model.Config) if Model else ()
-    defaults = {field.name: field.default for field in known if field.default is not MISSING}
+    defaults = {
+        field.name: field.default for field in known if field.default is not MISSING and field.name in given["model"]
+    }
     return record | {"model": defaults | record.get("model", {})}
 
 
