@@ -29,6 +29,15 @@ from llm.training.optim import split_by_decay
 B, T, H, K, V = 2, 150, 3, 8, 5
 """Two chunks of 64 and a part of a third."""
 RANKS = {"decay": 4, "a": 4, "value": 4, "gate": 4}
+
+
+class FirstTimeMix(TimeMix):
+    """That of the first layer, without the values that it hands on."""
+
+    def forward(self, x, positions, cache=None):
+        return super().forward(x, positions, cache)[0]
+
+
 MIXERS = {
     "linear_attention": lambda: LinearAttention(d_model=24, n_heads=3, head_dim=4),
     "retention": lambda: Retention(d_model=24, n_heads=3, v_head_dim=6, rope=RoPE(8)),
@@ -40,7 +49,7 @@ MIXERS = {
     "kimi_delta": lambda: KimiDeltaAttention(d_model=24, n_heads=3, gate_rank=4),
     "mamba": lambda: Mamba(d_model=24, d_inner=40, d_state=4),
     "mamba2": lambda: Mamba2(d_model=24, n_heads=4, head_dim=6, d_state=5, n_groups=2),
-    "rwkv7": lambda: TimeMix(d_model=24, n_heads=3, ranks=RANKS, value_residual=False),
+    "rwkv7": lambda: FirstTimeMix(d_model=24, n_heads=3, ranks=RANKS, value_residual=False),
     "griffin": lambda: GriffinRecurrence(d_model=24, d_rnn=36, n_heads=3),
     "gated_convolution": lambda: GatedConvolution(d_model=24),
 }

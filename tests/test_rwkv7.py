@@ -147,7 +147,7 @@ def test_the_time_mix_is_the_papers_recurrence():
         bonus = (r * k * layer.bonus.r_k).sum(-1, keepdim=True) * v
         outputs.append(layer.o_proj.weight @ ((o + bonus.flatten()) * g))
         before = token
-    found, handed_on = layer.mix(x, torch.arange(9), None, v_first)
+    found, handed_on = layer(x, torch.arange(9), None, v_first)
     torch.testing.assert_close(found[0], torch.stack(outputs))
     assert handed_on is v_first
 

@@ -22,7 +22,7 @@ from llm.models import MODELS
 from llm.training.checkpoint import CheckpointError, find_checkpoints
 from llm.training.device import Machine
 from llm.training.distributed import Ranks
-from llm.training.evaluate import EvalSet, evaluate
+from llm.training.evaluate import MAX_ERROR, MOST_DRAWS, EvalSet, evaluate
 from llm.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
@@ -69,7 +69,8 @@ def test_a_script_trains_its_model_which_can_be_loaded_again(data, tmp_path, nam
     if not model.causal:
         eval_set = EvalSet.of(open_tokens(data), 32, 4)
         again = evaluate(model, eval_set, 4, Machine(torch.device("cpu"), bf16=False, compile=False), Ranks())
-        assert 0 <= found["eval_loss_error"] < 0.05 and found == pytest.approx(again, rel=1e-5)
+        assert found["eval_loss_error"] <= MAX_ERROR or found["eval_draws"] == MOST_DRAWS
+        assert found == pytest.approx(again, rel=1e-5)
         return
     tokens = eval_windows(open_tokens(data).eval, 32, 4)
     with torch.no_grad():

@@ -24,6 +24,7 @@ from llm.gallery.labels import (
     facts_of,
     function_of,
     is_ours,
+    is_score_bias,
     kind_of,
     matrices_of,
     settings_of,
@@ -34,7 +35,6 @@ from llm.gallery.wiring import chain, trace
 from llm.models.transformer import Transformer
 from llm.modules.masks import Mask
 
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 SKELETON = ("tok_embed", "blocks", "norm", "lm_head")
 
 
@@ -57,10 +57,15 @@ def describe(model: Transformer, name: str = "", subtitle: str = "") -> Diagram:
     )
 
 
+def is_container(module: nn.Module) -> bool:
+    """Whether a module only holds others: PyTorch's own lists, not our classes that compute with theirs."""
+    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) and not is_ours(type(module))
+
+
 def parts_at(model: Transformer, slot: str) -> list[Part]:
     """The boxes of a child of the model, of each module in it where it is a list."""
     child = getattr(model, slot)
-    return list(parts_of_children(child, slot, slot)) if isinstance(child, CONTAINERS) else [part_of(child, slot, slot)]
+    return list(parts_of_children(child, slot, slot)) if is_container(child) else [part_of(child, slot, slot)]
 
 
 def embedding(model: Transformer, held: list[Part]) -> Part:
@@ -155,19 +160,22 @@ def part_of(module: nn.Module, slot: str, path: str) -> Part:
 def parts_of_children(module: nn.Module, slot: str, path: str) -> Iterator[Part]:
     for name, child in module.named_children():
         inner_slot, inner_path = f"{slot}.{name}".strip("."), f"{path}.{name}"
-        if isinstance(child, CONTAINERS):
+        if is_container(child):
             yield from parts_of_children(child, inner_slot, inner_path)
         elif is_ours(type(child)):
             yield part_of(child, inner_slot, inner_path)
 
 
 def parts_of_attributes(module: nn.Module, slot: str) -> Iterator[Part]:
-    """Masks, and functions that encode positions: they have no weights, so they are no modules."""
+    """Masks, and functions and values that encode positions: they have no weights, so they are no modules."""
     for name, value in vars(module).items():
         if isinstance(value, Mask):
             yield mask_part(value, f"{slot}.{name}")
         elif (function := function_of(value)) and kind_of(function.__module__) == "position":
             yield function_part(function, f"{slot}.{name}")
+        elif is_score_bias(value):
+            source = source_of(type(value))
+            yield Part(f"{slot}.{name}", "position", words(type(value).__name__), source=source)
 
 
 def mask_part(mask: Mask, slot: str) -> Part:

@@ -74,6 +74,6 @@ class RWKVBlock(Block):
     def forward(
         self, x: Tensor, positions: Tensor, cache: dict | None = None, v_first: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        mixed, v_first = self.mixer.mix(self.mixer_norm(x), positions, cache, v_first)
+        mixed, v_first = self.mixer(self.mixer_norm(x), positions, cache, v_first)
         x = x + mixed
         return x + self.ffn(self.ffn_norm(x), positions, cache), v_first

@@ -24,7 +24,8 @@ from llm.modules.recurrent.state import empty_state, hide_padding, keep, kept, w
 
 
 class TimeMix(nn.Module):
-    """(B, T, d_model) -> (B, T, d_model), with n_heads states of (d_model / n_heads)^2 numbers.
+    """(B, T, d_model) -> (B, T, d_model) and the first layer's values, with n_heads states of (d_model / n_heads)^2
+    numbers.
 
     ranks            of the matrices that give w, a, g and the value residual: `decay`, `a`, `gate`, `value`
     value_residual   False in the first layer, whose values the others are drawn towards
@@ -45,11 +46,10 @@ class TimeMix(nn.Module):
         self.bonus = Bonus(n_heads, self.head_dim)
         self.o_norm = nn.GroupNorm(n_heads, d_model, eps=1e-5 * self.head_dim)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
-        return self.mix(x, positions, cache, None)[0]
-
-    def mix(self, x: Tensor, positions: Tensor, cache: dict | None, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
-        """-> the layer's output and the first layer's values, both (B, T, d_model); the next layer takes the latter."""
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: dict | None = None, v_first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first layer has no `v_first` and returns its own values, (B, T, d_model); the others return `v_first`."""
         x_r, x_w, x_k, x_v, x_a, x_g = self.shift(x, positions, cache)
         r, k, v = self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)
         if v_first is None:
@@ -133,7 +133,7 @@ class LowRank(nn.Module):
         self,
         d_model: int,
         rank: int,
-        activation: Callable[[Tensor], Tensor] = lambda x: x,
+        activation: Callable[[Tensor], Tensor] | None = None,
         bias: list[float] | None = None,
     ):
         super().__init__()
@@ -149,7 +149,8 @@ class LowRank(nn.Module):
             self.b_proj.bias.copy_(torch.tensor(self.start, device=self.b_proj.bias.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b_proj(self.activation(self.a_proj(x)))
+        x = self.a_proj(x)
+        return self.b_proj(x if self.activation is None else self.activation(x))
 
 
 class Bonus(nn.Module):
