@@ -1,13 +1,13 @@
 """Probes: small synthetic tasks that tell architectures apart, which one loss on stories does not.
 
-A task draws tokens, and for some of them a target that the tokens up to there decide. A model is scored by the share of
-these targets that it predicts. The tasks are those of the papers that use them:
+A task draws random tokens. At some tokens it asks for a target, which the tokens so far determine. A model's score is
+the share of targets that it predicts. The papers are named below the table:
 
 | task           | tokens                                   | target                  | needs                         |
 |----------------|------------------------------------------|-------------------------|-------------------------------|
-| recall         | key value pairs, then keys asked again   | their values            | memory that finds by content  |
-| noisy_recall   | the same among tokens without meaning    | their values            | and does not store noise      |
-| fuzzy_recall   | the same, keys and values of two tokens  | their values            | and binds tokens together     |
+| recall         | key value pairs, then keys asked again   | their values            | look-up by content            |
+| noisy_recall   | the same among random other tokens       | their values            | and ignoring noise            |
+| fuzzy_recall   | the same, keys and values of two tokens  | their values            | and joining two tokens        |
 | selective_copy | symbols among blanks, then in order      | the symbols             | a choice of what to store     |
 | copy           | a string, then the string again          | the string              | memory as long as the text    |
 | parity         | bits                                     | their sum so far, mod 2 | a state that flips            |
@@ -108,7 +108,7 @@ def with_copy(first: Tensor, again: Tensor, separator: int) -> Texts:
 def products(generator: Generator, batch_size: int, length: int, table: Tensor) -> Texts:
     """Elements g_1, g_2, .. of a group; the target after g_t is g_1 g_2 .. g_t. table[a, b] = a b; 0 is the identity.
 
-    The products are no tokens: a model that could read the last product would need no state.
+    The products are not among the tokens: a model that could read the last product would need no state.
     """
     elements = randint(generator, len(table), batch_size, length)
     total, found = torch.zeros(batch_size, dtype=torch.int64), []
@@ -119,7 +119,7 @@ def products(generator: Generator, batch_size: int, length: int, table: Tensor) 
 
 
 def multiplication_table(n: int) -> Tensor:
-    """Of the permutations of n things: (n!, n!), with the identity as 0; a b applies a first."""
+    """The products of all permutations of n things, (n!, n!): [a, b] is `first a, then b`. 0 is the identity."""
     elements = list(all_permutations(range(n)))
     number = {element: i for i, element in enumerate(elements)}
     return torch.tensor([[number[tuple(b[i] for i in a)] for b in elements] for a in elements])

@@ -11,8 +11,7 @@ from llm.gallery.diagram import Block, Stack
 
 def fold(blocks: list[Block]) -> tuple[Stack, ...]:
     """The stacks of a model, from its first layer to its last."""
-    best = [Stack(1, run) for run in ([r] for r in runs(blocks))]
-    best = tuple(Stack(1, tuple(stack.blocks)) for stack in best)
+    best = tuple(Stack(1, (run,)) for run in runs(blocks))
     for start in range(len(blocks)):
         for period in range(2, (len(blocks) - start) // 2 + 1):
             tail = blocks[start:]

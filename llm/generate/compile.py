@@ -119,9 +119,9 @@ def compile_for_cpu(decode: Callable[[Tensor, Cache], Tensor]) -> Callable[[Tens
 def enough_guards(guards: list) -> list[bool]:
     """Which of torch's checks that a compiled step still fits are repeated at each step.
 
-    The checks of the text and its cache are repeated. Of each module, only one is: that one of its weights is the same
-    tensor as before. This tells apart models that share code, and layers where a step breaks into several graphs. For a
-    module without weights, all checks are repeated.
+    The checks of the text and its cache are repeated. For a module with weights, only one check is repeated: that one
+    of its weights is the same tensor as before. It tells apart models that share code, and layers where a step breaks
+    into several graphs. For a module without weights, all checks are repeated.
     """
     of_module = [guard.name.startswith("self") for guard in guards]
     weights = [g for g, own in zip(guards, of_module, strict=True) if own and isinstance(g.value, nn.Parameter)]

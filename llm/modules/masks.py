@@ -11,7 +11,7 @@
 | FirstAndWindow(k, n) | j < k, or i - j < n                              | StreamingLLM, 2309.17453                |
 | BigBird(..)          | attention/big_bird.py                            | Big Bird, 2007.14062                    |
 | Everything           | always, and j > i as well                        | encoders, diffusion models              |
-| BlockCausal(s)       | j // s <= i // s, later ones of its block as well | block diffusion, 2503.09573             |
+| BlockCausal(s)       | j // s <= i // s, so j > i within a block        | block diffusion, 2503.09573             |
 
 Masks are frozen dataclasses. Two windows of the same size compare equal, so they share one compiled kernel.
 Blog: Attention, sparse attention.
@@ -39,9 +39,10 @@ class Mask:
         return math.inf
 
     def by_remainder(self) -> "tuple[int, Mask]":
-        """(n, inner): a query sees only keys at a distance that n divides, and if these alone were the text, what
-        `inner`
-        shows. A kernel may then compute n short texts instead of a long one."""
+        """(n, inner) if a query sees only keys whose distance n divides; `inner` is the mask of every n-th token.
+
+        A kernel may then compute attention over n short texts instead of a long one. (1, self) for other masks.
+        """
         return 1, self
 
     def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
@@ -181,14 +182,15 @@ class Everything(Mask):
 
 
 NOISY = 2**30
+"""Added to the positions of a noisy copy; no text is as long."""
 
 
 @dataclass(frozen=True)
 class BlockCausal(Mask):
     """A query sees its own block of `size` tokens, the later ones too, and all blocks before it.
 
-    A text may be there twice: as it is, and as a noisy copy whose positions are larger by NOISY. Both see earlier
-    blocks as they are. In its own block, a query sees the copy that it belongs to.
+    The input may hold a text twice: clean, and as a noisy copy whose positions are larger by NOISY. Queries of both
+    copies see the earlier blocks of the clean one. In its own block, a query sees the copy that it belongs to.
     """
 
     size: int

@@ -45,8 +45,8 @@ def evaluate(
 ) -> dict[str, float]:
     """eval_loss (nats per token), eval_perplexity and eval_bits_per_byte. Each rank computes its share of the windows.
 
-    torch is seeded before every batch, so a loss that draws random numbers draws the same ones in each evaluation. Of a
-    bound there are also eval_draws and the standard errors eval_loss_error and eval_bits_per_byte_error.
+    torch is seeded before every batch, so a loss that draws random numbers draws the same ones in each evaluation. A
+    bound also has eval_draws and the standard errors eval_loss_error and eval_bits_per_byte_error.
     """
     was_training = model.training
     model.eval()

@@ -84,7 +84,7 @@ class Balanced(nn.Module):
         """Adjust the router to `load` (E,), the choices of each expert in the last step. By default, do nothing."""
 
     def metrics(self) -> dict[str, float | list[float]]:
-        """Of the last step: the share of choices of each expert, the share of dropped choices, and the mean entropy of
+        """For the last step: each expert's share of the choices, the share of dropped choices, and the mean entropy of
         the normalised scores in nats (log n_experts: uniform; 0: all on one expert)."""
         if self.last_step is None:
             return {}

@@ -1,8 +1,9 @@
 """Fast attention: one function that picks an implementation by device, dtype, length and mask.
 
-Each computes `explicit_attention` of llm/modules/attention/core.py. The first that fits is taken:
+Each implementation gives the result of `explicit_attention` (llm/modules/attention/core.py). The first row that fits
+is taken:
 
-| queries, keys        | device | dtype       | mask, and what is added        | way                                 |
+| queries, keys        | device | dtype       | mask, and what is added        | implementation                      |
 |----------------------|--------|-------------|--------------------------------|-------------------------------------|
 | one text, T <= 512   | CPU    | bf16        | looks back; no cap             | `blocked_attention`                 |
 | one text             | any    | any         | causal; a sink, channels, none | `fused_..attention`, without a mask |
@@ -15,11 +16,11 @@ Each computes `explicit_attention` of llm/modules/attention/core.py. The first t
 | cache, <= 64 queries | any    | any         | any                            | `few_queries_attention`             |
 | any                  | any    | any         | any                            | `fused_attention`, mask written out |
 
-No way for a long text holds T x T numbers. Compiled, a long text takes the last three ways.
+"Long" is decided by `is_long`. None of the implementations for one long text holds T x T numbers.
 
-A bias is a function (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S), for any part of the
-positions. Where it learns something, its method `parameters` gives the tensors, as that of a module does. A bias that
-is a product of something about the query and something about the key offers them by `channels` (alibi.py).
+A bias is a function (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S). A kernel may call it for
+a part of the positions. If the bias has weights, its method `parameters` gives them, as that of a module does. If it is
+a product of one vector for each head and one for each key, `channels` gives both (alibi.py).
 """
 
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def attend_to_text(
     soft_cap: float | None,
     sinks: Tensor | None,
 ) -> Tensor | None:
-    """The ways that need no positions, for a text from its first token on; None where none fits."""
+    """The implementations that need no positions, for a text from its first token on; None where none fits."""
     long, plain = is_long(q, mask), bias is None and soft_cap is None
     if not long and soft_cap is None and blocks_serve(q, mask):
         return blocked_attention(q, share_heads(q, k), share_heads(q, v), mask, scale, written(bias, places), sinks)
@@ -119,7 +120,7 @@ def written(bias: Bias | None, places: Places) -> Tensor | None:
 def attend_by_remainder(
     q: Tensor, k: Tensor, v: Tensor, n: int, mask: Mask, scale: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Each of the n texts that consist of every n-th token, by itself: (B, H, T, D) -> (B n, H, T / n, D) and back."""
+    """Attention within each of the n texts of every n-th token: (B, H, T, D) -> (B n, H, T / n, D) and back."""
     length = q.shape[2]
 
     def split(x: Tensor) -> Tensor:  # the end is padded: no query of the text sees a later key
@@ -179,8 +180,11 @@ def fused_sink_attention(
 
 
 def causal_sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float | None = None) -> Tensor:
-    """The same for a whole text under a causal mask, which is not written out: the sink's key comes first, so that all
-    queries see it, and a query without a use comes first, so that each one sees itself."""
+    """`fused_sink_attention` for a whole text under a causal mask, without a mask tensor.
+
+    The sink's key comes first, so that all queries see it. An unused query is put before the others, so that query i
+    still sees key i of the text.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     width, v_width = q.shape[-1], v.shape[-1]
     sink = F.pad((sinks / scale).to(q.dtype)[:, None, None], (0, 7))  # (H, 1, 8)
@@ -194,10 +198,10 @@ def causal_sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale:
 def channel_attention(
     q: Tensor, k: Tensor, v: Tensor, by_head: Tensor, by_key: Tensor, scale: float | None = None
 ) -> Tensor:
-    """A bias by_head (H, C) times by_key (T, C) through the fused causal kernel: as more channels of q and k.
+    """Causal attention with the bias by_head (H, C) times by_key (T, C), computed as C more channels of q and k.
 
-    What bf16 drops of `by_head` goes into as many channels again, and by_key must be exact in bf16. Widths are padded
-    to a multiple of 8, as kernels want them, and v to that of q and k.
+    The rounding error of `by_head` in bf16 is given C channels of its own; by_key must be exact in bf16. Widths are
+    padded to a multiple of 8, which the kernels need, and v to the width of q and k.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     by_head = by_head.to(torch.promote_types(q.dtype, torch.float32)) / scale

@@ -14,8 +14,9 @@ meets new angles beyond L. Each method below replaces f by f' (d is the number o
 | LongRoPE             | f / a searched number for each pair: one list up to L tokens, another one beyond            |
 
 A scaling is called with (rotary_dim, theta, positions). It returns the frequencies (.., rotary_dim / 2) in fp32 and a
-factor of all cosines and sines: `RoPE(head_dim, theta, scaling=YaRN(factor=4, original_length=512))`. No scaling has
-weights: to read longer texts, a trained model is built again with a scaling. Blog: Position encoding, longer context.
+number by which cosines and sines are multiplied: `RoPE(head_dim, theta, scaling=YaRN(factor=4, original_length=512))`.
+No scaling has weights: to read longer texts, a trained model is built again with a scaling. Blog: Position encoding,
+longer context.
 """
 
 import math
@@ -63,8 +64,8 @@ class DynamicNTK:
     emozilla on Reddit. Other factors are the form of transformers and its checkpoints (rope_type "dynamic"), which grow
     faster: with factor 4 a text of 4 L has growth 13, not 4.
 
-    Positions (B, T) have one length a row, so no text depends on its neighbours in the batch: frequencies are then
-    (B, 1, 1, rotary_dim / 2). transformers takes the longest row for all; a text alone is the same in both.
+    With positions (B, T), each row has its own length and frequencies (B, 1, 1, rotary_dim / 2), so no text depends on
+    the others in its batch. transformers uses the longest row for all; a batch of one text gives the same in both.
 
     Beyond L, a cached text differs from the same text computed at once. Each new token is rotated for the length up to
     itself, and the keys in the cache keep the rotation of the length at which they were computed. transformers does the
@@ -91,9 +92,8 @@ class YaRN:
 
     truncate                round the ends of the ramp outwards to whole pairs; GPT-OSS does not
     attention_factor        multiplies cosines and sines, so scores by its square; 0.1 ln(factor) + 1 if not given
-    mscale, mscale_all_dim  DeepSeek's two settings: with both, attention_factor is the ratio of their `yarn_mscale`,
-    and
-                            DeepSeek's attention multiplies its scores by yarn_mscale(factor, mscale_all_dim)^2
+    mscale, mscale_all_dim  DeepSeek's two settings. With both, attention_factor is the ratio of their `yarn_mscale`.
+                            DeepSeek's attention also multiplies scores by yarn_mscale(factor, mscale_all_dim)^2
     """
 
     factor: float

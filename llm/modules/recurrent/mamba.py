@@ -22,7 +22,7 @@ from llm.modules.recurrent.state import empty_state, hide_padding, keep, kept, w
 
 
 class Mamba(nn.Module):
-    """(B, T, d_model) -> (B, T, d_model). A block of it needs no feed-forward layer: the gate z takes its part.
+    """(B, T, d_model) -> (B, T, d_model). A Mamba block has no feed-forward layer; the gate z is its nonlinearity.
 
     d_inner    channels inside, `expand` times d_model
     dt_rank    width from which the steps of all channels are projected; d_model / 16 where it is not given

@@ -90,7 +90,7 @@ class SparseLatentAttention(LatentAttention):
 
     @torch.no_grad()
     def probabilities(self, q: Tensor, k: Tensor, index: Tensor, shown: Tensor) -> Tensor:
-        """Of the main attention over the tokens `index` (B, T, n), mean over the heads: (B, T, n)."""
+        """The main attention's probabilities of the tokens `index` (B, T, n), mean over the heads: (B, T, n)."""
         parts = []
         for q_i, i, s in zip(q.split(QUERIES, 2), index.split(QUERIES, 1), shown.split(QUERIES, 1), strict=True):
             near = look_up(k[:, None], i[:, None])[:, 0]  # (B, T, n, rank + rope)
