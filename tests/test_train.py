@@ -341,6 +341,15 @@ def test_a_not_finite_evaluation_does_not_end_the_search_for_the_best(data, tmp_
 # Stopping and going on
 
 
+@pytest.fixture
+def in_a_terminal():
+    """SIGHUP as a shell leaves it; `nohup pytest` would have it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_going_on_is_exact(
     data, straight, tmp_path, monkeypatch, capsys, number, status
