@@ -1,10 +1,12 @@
 """Each probe against a checker of its own: the targets are those that the tokens decide, and nothing else."""
 
+import json
 import random
 from itertools import permutations
 
 import pytest
 import torch
+from training import script
 
 from llm.analysis.probes import TASKS, UNDECIDED, draw, multiplication_table, needle
 
@@ -124,3 +126,35 @@ def test_texts_are_a_function_of_seed_and_step(name):
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one[0], other[0])
     assert draw(TASKS[name], 1, 5, 4, 4 * LENGTH)[0].shape[1] > 3 * LENGTH
+
+
+# The script
+
+
+def test_the_script_goes_on_with_the_runs_that_are_missing(tmp_path, capsys):
+    out = tmp_path / "runs.jsonl"
+    small = ["--tasks", "parity", "--steps", "2", "--length", "8", "--batch-size", "2", "--rates", "0.003"]
+    main = script("probe").main
+    main(["--models", "rope", "lstm", *small, "--out", str(out)])
+    first = out.read_text()
+    main(["--models", "rope", "lstm", "mamba2", *small, "--out", str(out)])
+    assert out.read_text().startswith(first)
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [run["model"] for run in runs] == ["rope", "lstm", "mamba2"]
+    assert all(list(run["accuracy"]) == ["1", "2", "4"] for run in runs)
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in ("rope", "lstm", "mamba2", "chance"))
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--models", "masked_diffusion"], "no causal model is called masked_diffusion; there are baseline"),
+        (["--tasks", "sums"], "no task is called sums; there are recall"),
+        (["--models", "rope", "--out", "."], "is a folder: name a file"),
+    ],
+)
+def test_the_script_refuses_before_it_trains(arguments, says):
+    with pytest.raises(SystemExit, match=says):
+        script("probe").main(arguments)

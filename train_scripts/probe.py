@@ -31,14 +31,18 @@ from llm.training.curve import new_figure, try_to_draw
 from llm.training.optim import learning_rate, make_optimizer
 
 LSTM = "lstm"  # no language model of ours, as a control: it keeps a state through time
+MODEL_NAMES = (*(name for name, Model in MODELS.items() if Model.causal), LSTM)
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Train each model on each task, and write accuracy at the trained length and beyond."""
 
-    models: tuple[str, ...] = ("baseline", "rope", "alibi", "nope", "sliding_window", LSTM)
-    """Names of MODELS, or lstm."""
+    models: tuple[str, ...] = (
+        *("baseline", "rope", "alibi", "nope", "sliding_window", "retnet", "delta_net", "gated_delta_net", "mamba2"),
+        *("rwkv7", "hybrid", LSTM),
+    )
+    """Names of causal models of MODELS, or lstm."""
     tasks: tuple[str, ...] = tuple(TASKS)
     """Names of llm/analysis/probes.py."""
     rates: tuple[float, ...] = (1e-3, 3e-3)
@@ -184,13 +188,11 @@ def main(arguments: list[str] | None = None) -> None:
     a = tyro.cli(Arguments, args=arguments)
     if a.quick:
         a = tyro.cli(Arguments, args=arguments, default=Arguments(rates=(3e-3,), steps=300))
-    unknown = [name for name in a.models if name not in (*MODELS, LSTM)] + [
-        name for name in a.tasks if name not in TASKS
-    ]
-    if unknown:
-        sys.exit(
-            f"error: nothing is called {', '.join(unknown)}; models: {', '.join(MODELS)}; tasks: {', '.join(TASKS)}"
-        )
+    for kind, names, known in (("causal model", a.models, MODEL_NAMES), ("task", a.tasks, tuple(TASKS))):
+        if unknown := [name for name in names if name not in known]:
+            sys.exit(f"error: no {kind} is called {', '.join(unknown)}; there are {', '.join(known)}")
+    if a.out.is_dir():
+        sys.exit(f"error: {a.out} is a folder: name a file for the runs (--out {a.out / 'probes.jsonl'})")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     found = read_runs(a.out)
     todo = list(missing_runs(a, found))
