@@ -24,7 +24,6 @@ from llm.gallery.labels import (
     facts_of,
     function_of,
     is_ours,
-    is_score_bias,
     kind_of,
     matrices_of,
     settings_of,
@@ -173,7 +172,7 @@ def parts_of_attributes(module: nn.Module, slot: str) -> Iterator[Part]:
             yield mask_part(value, f"{slot}.{name}")
         elif (function := function_of(value)) and kind_of(function.__module__) == "position":
             yield function_part(function, f"{slot}.{name}")
-        elif is_score_bias(value):
+        elif name == "score_bias" and dataclasses.is_dataclass(value):
             source = source_of(type(value))
             yield Part(f"{slot}.{name}", "position", words(type(value).__name__), source=source)
 
