@@ -75,6 +75,8 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 250
     """Steps between two evaluations."""
+    illustrate: bool = True
+    """After each evaluation, write a story and draw loss.png."""
     eval_windows: int = 512
     """Windows of the eval split in one evaluation, always the same; fewer where the split is smaller."""
     save_every: int = 250

@@ -94,15 +94,16 @@ class Journal:
         return tokens_per_second * self.flops_per_token / (self.machine.peak_flops * self.world_size)
 
     def evaluated(self, result: dict[str, float]) -> None:
-        """After an evaluation: log it, write a greedy story and draw the curve."""
+        """After an evaluation: log it; with `illustrate`, write a greedy story and draw the curve."""
         step = self.progress.step
         tokens = step * self.config.tokens_per_step
         self.run.log(step, tokens=tokens, peak_memory_bytes=self.machine.peak_memory(), **result)
-        prompt = PROMPT if len(encode_prompt(self.tokenizer, PROMPT)) < self.model.config.max_seq_len else ""
-        self.story = write(self.model.eval(), self.tokenizer, [prompt], 200)[0]
-        self.model.train()
-        self.run.sample(step, self.story)
-        self.run.plot()
+        if self.config.illustrate:
+            prompt = PROMPT if len(encode_prompt(self.tokenizer, PROMPT)) < self.model.config.max_seq_len else ""
+            self.story = write(self.model.eval(), self.tokenizer, [prompt], 200)[0]
+            self.model.train()
+            self.run.sample(step, self.story)
+            self.run.plot()
         tqdm.write(f"step {step}: {in_words(result)}")
         self.restart_clock()
 
@@ -132,10 +133,10 @@ class Journal:
         print(
             f"\neval loss   {first['eval_loss']:.3f} at step {first['step']}, {last['eval_loss']:.3f} at step "
             f"{last['step']} ({last['eval_bits_per_byte']:.3f} bits per byte{', a bound' if is_bound(last) else ''})\n"
-            f"a story     {self.story}\n\n"
-            f"metrics     {out / 'metrics.jsonl'}\n"
-            f"curve       {out / 'loss.png'}\n"
-            f"checkpoints {out / 'checkpoints'}\n"
+            + (f"a story     {self.story}\n\n" if self.config.illustrate else "")
+            + f"metrics     {out / 'metrics.jsonl'}\n"
+            + (f"curve       {out / 'loss.png'}\n" if self.config.illustrate else "")
+            + f"checkpoints {out / 'checkpoints'}\n"
             f'try next    {python()} -m llm.generate {shlex.quote(str(out))} --prompt "{PROMPT}"'
         )
 
