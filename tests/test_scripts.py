@@ -1,14 +1,10 @@
 """The commands: every script trains two steps, a story is written from what it saved, the ladder goes on."""
 
-import contextlib
-import io
 import itertools
 import re
 import runpy
-import shutil
 import sys
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,73 +210,3 @@ def test_a_checkpoint_alone_is_enough(run, data, tmp_path, monkeypatch, capsys):
     _, tokenizer = load_run(alone, torch.device("cpu"))
     assert tokenizer.to_str() == load_tokenizer(data / "tokenizer-bpe.json").to_str()
     assert write_stories(capsys, alone, "--max-new-tokens", 4)[0].startswith("Once upon a time")
-
-
-# The ladder
-
-
-@pytest.fixture
-def ladder(data, tmp_path, monkeypatch):
-    """`ladder(*models)` trains in this process, two steps each, and returns the first column of the table; a model in
-    `ladder.dies` ends as a process that was killed. `ladder.trained` lists what was trained."""
-    module, trained, dies = script("ladder"), [], set()
-
-    def run_here(words):
-        name = words[1].stem.removeprefix("train_")
-        if name in dies:
-            return SimpleNamespace(returncode=-9)
-        trained.append((name, int(words[words.index("--seed") + 1])))
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            script(f"train_{name}").main(words[2:])
-        if "already finished" in said.getvalue():
-            trained.pop()
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run_here))
-    flags = command_line({name: value for name, value in TINY.items() if name != "--eval-every"})
-
-    def climb(*models):
-        settings = [
-            "--small",
-            "--models",
-            *models,
-            "--baseline-seeds",
-            "2",
-            "--data",
-            str(data),
-            "--out",
-            str(tmp_path),
-        ]
-        try:
-            module.main([*settings, "--", *flags])
-        except SystemExit as end:
-            assert "ended with status -9; the same command goes on from here" in end.code
-        table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
-        return [line.split(" | ")[:2] for line in table.splitlines()[2:]]
-
-    climb.trained, climb.dies = trained, dies
-    return climb
-
-
-def test_the_ladder_writes_row_by_row_and_goes_on_where_it_was_interrupted(ladder, tmp_path):
-    ladder.dies.add("rope")
-    assert ladder("baseline", "nope", "rope") == [["| baseline", "2"], ["| nope", "1"]]
-    ladder.dies.clear()
-    assert ladder("baseline", "nope", "rope") == [["| baseline", "2"], ["| nope", "1"], ["| rope", "1"]]
-    assert ladder.trained == [("baseline", 0), ("baseline", 1), ("nope", 0), ("rope", 0)]
-    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_ladder_that_dies_again_keeps_the_rows_of_what_is_finished(ladder, tmp_path):
-    ladder("baseline", "nope", "rope")
-    shutil.rmtree(tmp_path / "nope-0")
-    ladder.dies.add("nope")
-    assert ladder("baseline", "nope", "rope") == [["| baseline", "2"], ["| rope", "1"]]
-
-
-def test_the_default_ladder_reads_the_text_ten_times_at_most(data):
-    flags = script("ladder").Arguments(data=data)
-    n_tokens = len(open_tokens(data).train)
-    assert flags.budget()[:2] == ["--steps", str(max(1, 10 * n_tokens // 131_072))]
-    assert flags.runs()[:4] == [("baseline", 0), ("baseline", 1), ("baseline", 2), ("learned_position", 0)]
-    assert len(flags.runs()) == 3 * len(MODELS)

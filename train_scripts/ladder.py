@@ -1,94 +1,214 @@
-"""Train every model on the same tokens and compare them in one table and one picture.
+"""Train every model on the same tokens, each at its best learning rate, and compare them with the baseline.
 
-    python train_scripts/ladder.py                                        # the default size, on a GPU
-    python train_scripts/ladder.py --small                                # small models, two hours on a CPU
+    python train_scripts/ladder.py --small                   # small models: hours on two cores
+    python train_scripts/ladder.py                           # the default size, on a GPU
+    python train_scripts/ladder.py --quick                   # ten minutes: six models, one rate, one seed
+    python train_scripts/ladder.py --small --match flops     # feed-forward widths chosen for equal FLOPs
+    python train_scripts/ladder.py --small --report          # tables and pictures from the rows that are there
 
-Each model is trained by its own script in a process of its own, so that its peak memory is measured alone. The table is
-written again after each run. Finished runs are not trained again, so an interrupted ladder goes on where it stopped.
+Each model is trained at the reference rate, half of it and twice; its best rate is trained with two more seeds. Each
+run is a line of `--out`, so an interrupted ladder goes on where it stopped. Tables and pictures are written beside it.
+Differences to the baseline are paired: two runs with one seed read the same windows in the same order.
 """
 
-import contextlib
-import subprocess
+import statistics
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
-from llm.analysis.compare import Result, compare, read_run
+from llm.analysis.compare import draw_curves
+from llm.analysis.studies import Run, Study, complete, find, mean_and_error, opened, read_rows, verdict
 from llm.config import TrainConfig
 from llm.console import console
-from llm.data.files import open_tokens
+from llm.files import replacing, write_atomically
 from llm.models import MODELS
-from llm.training.run_directory import RunDirectoryError
+from llm.training.curve import new_figure, try_to_draw
 
-SMALL = ["--sample", "--steps", "244", "--tokens-per-step", "4096", "--eval-windows", "128", "--eval-every", "61"]
+# At these the small baseline learns best: docs/results/reference.md.
+INITIALIZATION, RATE = "xavier", 4e-3
+QUICK = ("baseline", "rope", "output_norm", "swiglu", "grouped_query", "gated_delta_net")
 EPOCHS = 10  # at most, at the default size: text that is read more often is memorised
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train every model on the same tokens and compare them. Flags after `--` go to every training script."""
+    """Train every model on the same tokens and compare them."""
 
     models: tuple[str, ...] = tuple(MODELS)
-    """Which models, in the order of the table; the first is the reference."""
-    baseline_seeds: int = 3
-    """Seeds for the first model; their spread tells which differences are more than noise."""
-    seeds: int | None = None
-    """Seeds for every other model; where it is not given, 3, or 1 with --small."""
+    """Which models, in the order of the table. The baseline is always trained, too."""
     small: bool = False
-    """1 M tokens each at d_model 128, 4 layers, 4 heads, context 256; otherwise the default size, 10 epochs at most."""
-    data: Path = Path("data/tinystories")
-    """Folder that pre_tokenize.py wrote."""
-    out: Path = Path("runs/ladder")
-    """Folder for the runs, comparison.md and comparison.png."""
+    """524,288 tokens each at d_model 128, 4 layers, context 128; otherwise the default size, 10 epochs at most."""
+    match: Literal["none", "flops", "parameters"] = "none"
+    """Choose the feed-forward widths so that each model has the baseline's training FLOPs or parameters within 1 %."""
+    rates: tuple[float, ...] | None = None
+    """Learning rates; where it is not given, the reference rate, half of it and twice."""
+    seeds: int = 3
+    """Runs of each model at its best rate."""
+    data: Path | None = None
+    """Folder that pre_tokenize.py wrote; where it is not given, data/stories with --small, else data/tinystories."""
+    out: Path | None = None
+    """A line of JSON for each run; default: docs/results/ladder.jsonl with --small, else runs/ladder.jsonl."""
+    processes: int | None = None
+    """Runs side by side, each on one CPU core; where it is not given, 2 with --small, else 1."""
+    quick: bool = False
+    """Six small models, one rate, one seed, a quarter of the tokens."""
+    report: bool = False
+    """Train nothing; write tables and pictures from the rows of --out."""
 
-    def runs(self) -> list[tuple[str, int]]:
-        """Model and seed of each run, in the order of the table."""
-        others = (1 if self.small else 3) if self.seeds is None else self.seeds
-        seeds = {name: others for name in self.models} | {self.models[0]: self.baseline_seeds}
-        return [(name, seed) for name in self.models for seed in range(seeds[name])]
-
-    def budget(self) -> list[str]:
-        """The flags that say how much each model is trained."""
-        if self.small:
-            return SMALL
+    def study(self) -> Study:
+        """Raises FileNotFoundError or ValueError where the data are not there."""
+        small = self.small or self.quick
+        data = self.data or Path("data/stories" if small else "data/tinystories")
+        out = self.out or Path("docs/results/ladder.jsonl" if self.small else "runs/ladder.jsonl")
+        if small:
+            return Study("ladder", out, data, steps=128 if self.quick else 512)
         train = TrainConfig()
-        steps = min(train.steps, EPOCHS * len(open_tokens(self.data).train) // train.tokens_per_step)
-        return ["--steps", str(max(steps, 1)), "--eval-every", str(max(steps // 4, 1))]
+        steps = max(min(train.steps, EPOCHS * len(opened(data).train) // train.tokens_per_step), 1)
+        sizes = dict(tokens_per_step=train.tokens_per_step, max_seq_len=512, eval_windows=train.eval_windows)
+        return Study("ladder", out, data, steps=steps, small=False, **sizes)
+
+    def settings(self) -> dict[str, str]:
+        """What every run changes."""
+        return {"initialization": INITIALIZATION} if self.small or self.quick else {}
+
+    def tried_rates(self) -> tuple[float, ...]:
+        middle = RATE if self.small or self.quick else TrainConfig().max_lr
+        return self.rates or ((middle,) if self.quick else (middle, middle / 2, 2 * middle))
+
+
+def run_all(a: Arguments, study: Study) -> list[dict]:
+    """One seed at each rate for every model, then more seeds at each model's best rate."""
+    processes = a.processes or (2 if study.small else 1)
+    first = [Run(name, rate, 0, a.settings(), a.match) for rate in a.tried_rates() for name in a.models]
+    rows = complete(study, first, processes)
+    rates = {name: best_rate(find(rows, model=name)) for name in a.models}
+    more = [Run(name, rates[name], seed, a.settings(), a.match) for seed in range(1, a.seeds) for name in a.models]
+    return rows + complete(study, more, processes)
+
+
+def best_rate(rows: list[dict]) -> float:
+    """The rate with the lowest eval loss of the first seed."""
+    losses = {row["rate"]: row["eval_loss"] for row in rows if row["seed"] == 0 and not row["diverged"]}
+    return min(losses, key=losses.__getitem__) if losses else rows[0]["rate"]
+
+
+def at_best_rate(rows: list[dict]) -> dict[str, dict[int, dict]]:
+    """By model and seed, the rows at the model's best rate, in the order of MODELS."""
+    names = [name for name in MODELS if find(rows, model=name)]
+    return {n: {row["seed"]: row for row in find(rows, model=n, rate=best_rate(find(rows, model=n)))} for n in names}
+
+
+def differences(seeds: dict[int, dict], reference: dict[int, dict]) -> list[float]:
+    """The loss minus the reference's, for each seed that both have."""
+    pairs = [(seeds[seed], reference[seed]) for seed in sorted(seeds.keys() & reference.keys())]
+    return [one["eval_loss"] - other["eval_loss"] for one, other in pairs if not (one["diverged"] or other["diverged"])]
+
+
+HEADER = "| model | rate | seeds | parameters (active) | MFLOPs / token, training | of the baseline's | eval loss "
+HEADER += "| minus the baseline's | | bits / byte | cache, B / token |"
+
+
+def table(models: dict[str, dict[int, dict]], reference: dict[int, dict], quantity: str) -> str:
+    """A Markdown table with one row a model. `quantity`: the cost whose ratio to the baseline's is shown."""
+    lines = [HEADER, "|---" * (HEADER.count("|") - 1) + "|"]
+    for name, seeds in models.items():
+        row, apart = next(iter(seeds.values())), differences(seeds, reference)
+        losses = [one["eval_loss"] for one in seeds.values() if not one["diverged"]]
+        bits = [one["eval_bits_per_byte"] for one in seeds.values() if not one["diverged"]]
+        total, active = row["parameters"], row["active_parameters"]
+        bound = "≤ " if row.get("eval_loss_error") else ""
+        mean, error = mean_and_error(apart) if apart else (float("nan"), float("nan"))
+        told = "" if name == "baseline" else verdict(apart) if len(apart) > 1 else "one seed"
+        cells = [
+            name,
+            f"{row['rate']:g}",
+            str(len(seeds)) + (f", {len(seeds) - len(losses)} diverged" if len(losses) < len(seeds) else ""),
+            f"{total / 1e6:.2f} M" + (f" ({active / 1e6:.2f} M)" if active < total else ""),
+            f"{row['training_flops_per_token'] / 1e6:.2f}",
+            f"{row[quantity] / next(iter(reference.values()))[quantity]:.2f}",
+            f"{bound}{statistics.mean(losses):.3f}" + spread(losses) if losses else "diverged",
+            "" if name == "baseline" or not apart else f"{mean:+.3f}" + (f" ± {error:.3f}" if len(apart) > 1 else ""),
+            told,
+            f"{bound}{statistics.mean(bits):.3f}" if bits else "",
+            f"{row['cache_bytes_per_token']:,.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+
+
+EXPLANATION = (
+    "Eval loss: mean ± standard deviation over seeds. Minus the baseline's: mean ± standard error of the differences "
+    "with the same seed; better or worse where a t-test says so (p < 0.05). Of the baseline's: {}.\n"
+)
+
+
+def report(rows: list[dict], match: str, out: Path) -> None:
+    """Write tables and pictures of the rows with this kind of matching. Models whose loss is a bound stand apart."""
+    models = at_best_rate(find(rows, study="ladder", match=match))
+    if "baseline" not in models:
+        raise ValueError(f"{out} has no run of the baseline with match {match}: train it first (without --report)")
+    quantity = "parameters" if match == "parameters" else "training_flops_per_token"
+    exact = {name: seeds for name, seeds in models.items() if "eval_loss_error" not in next(iter(seeds.values()))}
+    bounds = {name: seeds for name, seeds in models.items() if name not in exact}
+    text = table(exact, models["baseline"], quantity)
+    if bounds:
+        text += "\nModels whose loss is a bound on theirs, by the Monte-Carlo estimate of llm/training/evaluate.py:\n\n"
+        text += table(bounds, models["baseline"], quantity)
+    first = next(iter(models["baseline"].values()))
+    ran = sorted({f"{row['device']}, {row['precision']}, commit {str(row['commit'])[:7]}" for row in rows})
+    text += "\n" + EXPLANATION.format("parameters" if match == "parameters" else "training FLOPs")
+    text += f"{first['tokens']:,} tokens a run. Ran on: {'; '.join(ran)}.\n"
+    name = out.stem if match == "none" else f"{out.stem}_{match}"
+    write_atomically(out.with_name(f"{name}.md"), text.encode())
+    print(f"{text}\nwritten to {out.with_name(f'{name}.md')}")
+    try_to_draw(draw_differences, exact, out.with_name(f"{name}.png"), models["baseline"])
+    curves = {n: [scaled(row["curve"]) for row in seeds.values()] for n, seeds in exact.items()}
+    try_to_draw(draw_curves, curves, out.with_name(f"{name}_curves.png"))
+
+
+def scaled(curve: list[list[float]]) -> list[tuple[float, float]]:
+    """The points after training began, in millions of tokens."""
+    return [(tokens / 1e6, loss) for tokens, loss in curve if tokens and loss is not None]
+
+
+def draw_differences(models: dict[str, dict[int, dict]], path: Path, reference: dict[int, dict]) -> None:
+    """A point for each model, the difference to the baseline, with its standard error; the best model on top."""
+    apart = {n: mean_and_error(d) for n, s in models.items() if n != "baseline" and (d := differences(s, reference))}
+    names = sorted(apart, key=lambda name: -apart[name][0])
+    figure = new_figure(figsize=(7, 1 + 0.2 * len(names)), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    means, errors = zip(*(apart[name] for name in names), strict=True) if names else ((), ())
+    axes.errorbar(means, range(len(names)), xerr=[0 if e != e else e for e in errors], fmt="o", markersize=4, capsize=2)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_xlabel("eval loss minus the baseline's, nats per token (lower is better)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as picture:
+        figure.savefig(picture, format="png")
 
 
 @console()
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    flags = tyro.cli(Arguments, args=arguments[:split])
-    unknown = [name for name in flags.models if name not in MODELS]
-    if unknown:
+    a = tyro.cli(Arguments, args=arguments)
+    if unknown := [name for name in a.models if name not in MODELS]:
         sys.exit(f"error: no model is called {', '.join(unknown)}; there are {', '.join(MODELS)} (--models)")
+    if a.quick:
+        a = replace(a, models=QUICK if a.models == tuple(MODELS) else a.models, seeds=1)
+    a = replace(a, models=tuple(dict.fromkeys(("baseline", *a.models))))
     try:
-        rest = [*flags.budget(), "--data", str(flags.data), *arguments[split + 1 :]]
+        study = a.study()
+        rows = read_rows(study.rows) if a.report else run_all(a, study)
+        report(rows, a.match, study.rows)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    runs = {run: flags.out / f"{run[0]}-{run[1]}" for run in flags.runs()}
-    for number, ((name, seed), out) in enumerate(runs.items(), 1):
-        print(f"\n[{number}/{len(runs)}] {name}, seed {seed}", flush=True)
-        script = Path(__file__).with_name(f"train_{name}.py")
-        done = subprocess.run([sys.executable, script, *rest, "--seed", str(seed), "--out", str(out)])
-        if done.returncode:
-            sys.exit(f"{script.name} ended with status {done.returncode}; the same command goes on from here")
-        try:
-            compare(list(finished(runs.values())), flags.out)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-
-
-def finished(folders: Iterable[Path]) -> Iterator[Result]:
-    """The runs that are complete, also those of an earlier ladder that was interrupted."""
-    for folder in folders:
-        with contextlib.suppress(RunDirectoryError):
-            yield read_run(folder)
 
 
 if __name__ == "__main__":

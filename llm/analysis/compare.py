@@ -145,15 +145,22 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f}{deviation}"
 
 
+Curve = list[tuple[float, float]]
+"""Millions of training tokens, and the eval loss after them."""
 IN_A_PANEL = 9  # more curves are hard to tell apart
 
 
-def draw(results: list[Result], path: Path) -> None:
-    """Draw the eval loss of every run against its training tokens, in panels of a few models in the order given. The
-    first model, the reference, is black in each panel."""
+def curves_of(results: list[Result]) -> dict[str, list[Curve]]:
+    """By name, the curves of eval loss against training tokens, one for each seed."""
     curves = defaultdict(list)
     for result in results:
         curves[result.name].append([(e["tokens"] / 1e6, e["eval_loss"]) for e in result.evaluations if e["tokens"]])
+    return curves
+
+
+def draw_curves(curves: dict[str, list[Curve]], path: Path) -> None:
+    """Draw all curves, in panels of a few models in the order given. The first model, the reference, is black in each
+    panel."""
     reference, *others = curves
     n_panels = max(1, math.ceil(len(others) / IN_A_PANEL))
     n_columns = min(3, n_panels)
@@ -206,4 +213,4 @@ def compare(results: list[Result], out: Path) -> None:
     text = table(results)
     write_atomically(out / "comparison.md", text.encode())
     print(f"{text}\nwritten to {out / 'comparison.md'}")
-    try_to_draw(draw, results, out / "comparison.png")
+    try_to_draw(draw_curves, curves_of(results), out / "comparison.png")

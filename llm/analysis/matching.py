@@ -26,10 +26,10 @@ def cost(Model: type[Transformer], config: ModelConfig, quantity: Quantity) -> f
         return describe(Model(config))[COSTS[quantity]]
 
 
-def scaled(config: ModelConfig, factor: float) -> ModelConfig:
-    """The config with its feed-forward widths times `factor`, each rounded to a multiple of 4."""
-    widths = {name: getattr(config, name, None) for name in WIDTHS}
-    return replace(config, **{name: max(4, 4 * round(factor * width / 4)) for name, width in widths.items() if width})
+def scaled(config: ModelConfig, factor: float, names: tuple[str, ...] = WIDTHS) -> ModelConfig:
+    """The config with these widths times `factor`."""
+    widths = {name: getattr(config, name, None) for name in names}
+    return replace(config, **{name: max(1, round(factor * width)) for name, width in widths.items() if width})
 
 
 def matched(Model: type[Transformer], config: ModelConfig, target: float, quantity: Quantity) -> ModelConfig:
@@ -38,13 +38,21 @@ def matched(Model: type[Transformer], config: ModelConfig, target: float, quanti
     Where no width reaches the target, as in a model without feed-forward layers, the nearest config is returned:
     compare its `cost`.
     """
-    if abs(cost(Model, config, quantity) / target - 1) <= CLOSE:
-        return config
+    for names in (WIDTHS, WIDTHS[:1]):  # a channel of all experts is a large step: the dense layer takes the rest
+        if abs(cost(Model, config, quantity) / target - 1) > CLOSE:
+            config = nearest(Model, config, target, quantity, names)
+    return config
+
+
+def nearest(
+    Model: type[Transformer], config: ModelConfig, target: float, quantity: Quantity, names: tuple[str, ...]
+) -> ModelConfig:
+    """The config with these widths scaled by the factor, of up to 8, that brings the cost nearest to `target`."""
     low, high = 0.0, 8.0
     misses = {}
     for _ in range(14):
         middle = (low + high) / 2
-        found = cost(Model, scaled(config, middle), quantity)
+        found = cost(Model, scaled(config, middle, names), quantity)
         misses[middle] = abs(found - target)
         low, high = (middle, high) if found < target else (low, middle)
-    return scaled(config, min(misses, key=misses.__getitem__))
+    return scaled(config, min(misses, key=misses.__getitem__), names)
