@@ -13,12 +13,10 @@ from conftest import VOCABULARY, tiny_model
 from training import ROOT
 
 from llm.analysis.compare import check_fair, main, name_apart, read_run, table
+from llm.analysis.length import loss_by_position, set_scaling
 from llm.config import TrainConfig
 from llm.modules.position_encoding.context_extension import LinearInterpolation
 from llm.training.run_directory import RunDirectoryError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "train_scripts"))
-from extend_context import loss_by_position
 
 
 def write_run(folder: Path, name: str, loss: float, seed: int = 0, **changes) -> Path:
@@ -81,7 +79,7 @@ from llm.training.curve import draw_losses
 out = Path(sys.argv[1])
 main([str(out / "baseline"), "--out", str(out)])
 draw_losses([], out / "loss.png", "x")
-extend_context.draw({"no scaling": torch.ones(32)}, out / "context.png", 16)
+extend_context.draw({"rope": [(1.0, 0.1), None]}, out / "context.png", 16)
 one = llm.analysis.plot_initialization.Profile([1.0, 1.0], [1.0, 1.0], 1.0)
 llm.analysis.plot_initialization.draw_scales(dict.fromkeys("abcde", one), out / "scales.png", "x")
 """
@@ -149,9 +147,10 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
 def test_the_mean_loss_over_positions_is_the_loss_and_scaling_changes_it():
     model = tiny_model("rope")
     windows = torch.randint(VOCABULARY, (5, 33), generator=torch.Generator().manual_seed(0))
-    by_position = loss_by_position(model, windows, None)
+    by_position = loss_by_position(model, windows)
     assert by_position.shape == (32,)
     assert by_position.mean().item() == pytest.approx(model.loss(windows)[1]["ce"].item(), rel=1e-5)
-    scaled = loss_by_position(model, windows, LinearInterpolation(4.0))
+    set_scaling(model, LinearInterpolation(4.0))
+    scaled = loss_by_position(model, windows)
     assert not torch.allclose(scaled, by_position)
     assert scaled[0] == by_position[0]  # position 0 is not turned

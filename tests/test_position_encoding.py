@@ -7,8 +7,9 @@ from importlib import import_module
 import pytest
 import torch
 from conftest import VOCABULARY, redraw, tiny_model
-from training import ROOT, RUN, command_line, config_of, script, write_corpus
+from training import script, write_corpus
 
+from llm.analysis.length import loss_as_texts_grow, loss_by_position, scalings, set_scaling
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.cache import Places
 from llm.modules.position_encoding.alibi import ALiBi, alibi_slopes
@@ -25,7 +26,6 @@ from llm.modules.position_encoding.relative import RelativeAttention, gather, sh
 from llm.modules.position_encoding.rope import RoPE, inverse_frequencies, rotate
 from llm.modules.position_encoding.sinusoidal import sinusoidal
 from llm.modules.position_encoding.t5_bias import T5Bias, bucket
-from llm.training.run_directory import RunDirectory
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -510,44 +510,54 @@ def test_every_encoding_runs_in_bf16_under_autocast(name):
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
 
 
-@pytest.fixture
-def extend_context(monkeypatch):
-    """The script, which imports another one beside it."""
-    monkeypatch.syspath_prepend(ROOT / "train_scripts")
-    return script("extend_context")
+def loss_with(model, windows, scaling):
+    set_scaling(model, scaling)
+    return loss_by_position(model, windows)
 
 
-def test_each_stretch_is_read_at_the_end_of_a_text_that_ends_there(extend_context):
+def test_each_stretch_is_read_at_the_end_of_a_text_that_ends_there():
     """Only dynamic NTK looks at the length: as far as trained it does nothing, at the full one what NTK-aware does."""
     model = tiny_model("rope")
     windows = torch.randint(VOCABULARY, (3, 65), generator=torch.Generator().manual_seed(0))
-    ways = extend_context.scalings(16, 64)
-    grown = {name: extend_context.loss_as_texts_grow(model, windows, way, 16) for name, way in ways.items()}
-    at_once = {name: extend_context.loss_by_position(model, windows, way) for name, way in ways.items()}
-    dynamic = grown.pop("dynamic NTK").split(16)
+    ways = {"no scaling": None, **scalings(16, 64)}
+    at_once = {name: loss_with(model, windows, way).split(16) for name, way in ways.items()}
+    grown = {name: set_scaling(model, way) or loss_as_texts_grow(model, windows, 16) for name, way in ways.items()}
+    dynamic = grown.pop("dynamic NTK")
     for name, losses in grown.items():
-        torch.testing.assert_close(losses, at_once[name])
-    halfway = extend_context.loss_by_position(model, windows, NTKAware(2.0))
+        assert losses == pytest.approx([part.mean().item() for part in at_once[name]], rel=1e-5)
+    halfway = loss_with(model, windows, NTKAware(2.0)).split(16)
     for n, losses in [(0, at_once["no scaling"]), (1, halfway), (3, at_once["NTK-aware"])]:
-        torch.testing.assert_close(dynamic[n], losses.split(16)[n])
-    assert not torch.allclose(dynamic[0], at_once["NTK-aware"][:16])
+        assert dynamic[n] == pytest.approx(losses[n].mean().item(), rel=1e-5)
+    assert dynamic[0] != pytest.approx(at_once["NTK-aware"][0].mean().item(), rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
-def test_the_script_prints_and_draws_the_loss_under_every_scaling(extend_context, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(RunDirectory, "plot", lambda self: None)
-    (tmp_path / "data").mkdir()
-    flags = {"--short": 16, "--long": 48, "--windows": 5, "--data": write_corpus(tmp_path / "data")}
-    training = RUN | {"--steps": 2, "--model.n-layers": 2}
-    extend_context.main([*command_line(flags | {"--out": tmp_path}), "--", *command_line(training)])
+def test_the_script_writes_rows_table_and_picture_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = write_corpus(tmp_path)
+    script_module = script("extend_context")
+    flags = ["--short", "16", "--times", "3", "--steps", "2", "--windows", "5", "--seeds", "1", "--data", str(data)]
+    flags += ["--out", str(tmp_path / "context.jsonl"), "--models", "learned_position", "mamba2"]
+    script_module.main(flags)
+    first = (tmp_path / "context.jsonl").read_text(encoding="utf-8")
+    script_module.main([*flags, "rope"])
+    assert (tmp_path / "context.jsonl").read_text(encoding="utf-8").startswith(first)
     text = (tmp_path / "context.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     header, _, *lines = text.splitlines()
     assert header == "| | 0 to 15 | 16 to 31 | 32 to 47 |"
     rows = {name: losses for name, *losses in (line.strip("| ").split(" | ") for line in lines)}
-    assert list(rows) == list(extend_context.scalings(16, 48))
-    assert all(len(losses) == 3 and float(loss) > 0 for losses in rows.values() for loss in losses)
-    assert rows["dynamic NTK"][0] == rows["no scaling"][0]
-    assert rows["dynamic NTK"][2] == rows["NTK-aware"][2]
+    read = ["rope", *(f"rope, {name}" for name in script_module.SCALINGS)]
+    assert set(rows) == {"learned_position", "mamba2", *read, *(f"{name}, tuned" for name in read)}
+    assert rows.pop("learned_position")[1:] == ["none", "none"]
+    assert all(float(loss) > 0 for losses in rows.values() for loss in losses)
+    assert rows["rope, dynamic NTK"][0] == rows["rope"][0] != rows["rope, YaRN"][0]
+    assert rows["rope, dynamic NTK"][2] == rows["rope, NTK-aware"][2]
     assert (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
-    assert config_of(tmp_path / "rope")["model"]["max_seq_len"] == 16
+
+
+@pytest.mark.parametrize("flags, says", [(["--models", "llada"], "is called llada"), (["--times", "1"], "times = 1")])
+def test_the_script_names_what_it_does_not_know(flags, says, capsys):
+    with pytest.raises(SystemExit):
+        script("extend_context").main(flags)
+    assert says in capsys.readouterr().err

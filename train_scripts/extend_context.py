@@ -1,146 +1,228 @@
-"""Train on short texts and evaluate on long ones: the loss at each position under every way to extend RoPE's context.
+"""Train on short texts, then read texts up to eight times as long: how the loss grows with the position.
 
-    python train_scripts/extend_context.py                        # built-in stories, minutes on a laptop
-    python train_scripts/extend_context.py --data data/tinystories -- --steps 2000
+    python train_scripts/extend_context.py                               # an hour or two on two cores
+    python train_scripts/extend_context.py --quick                       # ten minutes: three models, fewer tokens
+    python train_scripts/extend_context.py --models rope --scalings YaRN
 
-One model is trained with windows of `short` tokens, then evaluated on windows of `long` tokens without more training.
-Without scaling, its loss rises at positions that training never had. The scalings of
-llm/modules/position_encoding/context_extension.py differ in how much lower they keep it, and in what they cost on short
-texts. Each stretch of `short` positions is evaluated at the end of a text of just that length, because dynamic NTK
-depends on the length of the text: it changes nothing on short texts. The other scalings are the same for all lengths.
+Models differ in what they do at positions that training never had. A RoPE model is also read with each scaling of
+llm/modules/position_encoding/context_extension.py, as it is and after a short training on long texts. Each stretch of
+`short` positions is the end of a text of just that length, because dynamic NTK depends on the length of the text.
+
+Each result is a line of JSON in `--out`; what is there is not computed again. Table and picture are written beside it.
 Blog: Position encoding, longer context.
 """
 
+import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import train_rope
 import tyro
-from torch import Tensor
-from torch.nn import functional as F
+from torch import nn
 from tqdm import tqdm
 
+from llm.analysis.length import loss_as_texts_grow, scalings, set_scaling
+from llm.analysis.studies import find, mean_and_error, opened, read_rows
+from llm.config import TrainConfig
 from llm.console import console
-from llm.data.files import open_tokens
-from llm.data.windows import eval_windows
+from llm.data.files import Data
+from llm.data.windows import eval_windows, step_batches
 from llm.files import replacing, write_atomically
 from llm.generate.load import load_run
-from llm.models.rope import RoPEDecoder
-from llm.modules.position_encoding.context_extension import (
-    DynamicNTK,
-    LinearInterpolation,
-    Llama3Bands,
-    NTKAware,
-    YaRN,
-)
-from llm.modules.position_encoding.rope import RoPE, Scaling
+from llm.models import MODELS
+from llm.models.transformer import Transformer
 from llm.training.curve import new_figure, try_to_draw
-from llm.training.device import find_device
+from llm.training.device import find_machine
+from llm.training.loop import train
+from llm.training.optim import make_optimizer
+from llm.training.provenance import git_commit
+
+POSITIONS = ("baseline", "learned_position", "relative_position", "t5_bias", "rope", "alibi", "nope")
+WINDOWS = ("sliding_window", "sparse", "streaming", "native_sparse", "block_mixture")
+STATES = ("retnet", "gated_delta_net", "mamba2", "rwkv7", "hybrid")
+SCALINGS = tuple(scalings(1, 2))
+TUNING = 20  # a twentieth of the training
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train a RoPE model on short windows and evaluate it on long ones. Flags after `--` go to train_rope.py."""
+    """Train models on short windows and evaluate them on long ones."""
 
+    models: tuple[str, ...] = (*POSITIONS, *WINDOWS, *STATES)
+    """Names of causal models of MODELS."""
+    scalings: tuple[str, ...] = SCALINGS
+    """Ways to extend the context of `rope`, which is read with and without more training."""
     short: int = 64
     """Tokens in a window of training."""
-    long: int = 256
-    """Tokens in a window of evaluation; a multiple of `short`."""
-    data: Path = Path("data/sample")
-    """Folder that pre_tokenize.py wrote; data/sample is made where it is missing."""
-    windows: int = 256
+    times: int = 8
+    """Texts of evaluation are up to so many times as long."""
+    steps: int = 512
+    """Optimiser steps of 1,024 tokens."""
+    rate: float = 4e-3
+    """Learning rate."""
+    seeds: int = 3
+    """Runs of each model."""
+    windows: int = 64
     """Windows of evaluation."""
-    out: Path = Path("runs/extend_context")
-    """Folder for the run, context.md and context.png."""
+    data: Path = Path("data/stories")
+    """Folder that pre_tokenize.py wrote."""
+    out: Path = Path("docs/results/context.jsonl")
+    """A line of JSON for each model, scaling and seed."""
+    quick: bool = False
+    """rope, alibi and gated_delta_net, one seed, a quarter of the tokens."""
+    report: bool = False
+    """Train nothing; write table and picture from the rows of --out."""
 
     def __post_init__(self):
-        if self.short < 2 or self.long <= self.short or self.long % self.short:
-            raise ValueError(f"long = {self.long} must be a multiple of short = {self.short} (--long, --short)")
+        if self.short < 2 or self.times < 2:
+            raise ValueError(f"short = {self.short} and times = {self.times} must be 2 at least (--short, --times)")
+        for kind, names, known in (
+            ("causal model", self.models, tuple(name for name, Model in MODELS.items() if Model.causal)),
+            ("scaling", self.scalings, SCALINGS),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"no {kind} is called {', '.join(unknown)}; there are {', '.join(known)}")
+
+    @property
+    def long(self) -> int:
+        return self.short * self.times
 
 
-def scalings(short: int, long: int) -> dict[str, Scaling | None]:
-    """Every way to extend the context by `long / short`. Dynamic NTK finds this factor itself, so its own is 1."""
-    factor = long / short
+def trained_model(name: str, seed: int, a: Arguments, data: Data) -> Transformer:
+    """The model after training on short windows: from its run directory where it is finished."""
+    Config = MODELS[name].Config
+    sizes = {"max_seq_len": a.short, "vocab_size": data.vocab_size, "initialization": "xavier"}
+    budget = dict(steps=a.steps, tokens_per_step=1024, warmup_steps=a.steps // 10, max_lr=a.rate, min_lr=a.rate / 10)
+    machine = dict(wandb="off", illustrate=False, eval_every=a.steps, save_every=a.steps)
+    out = Path("runs/context") / f"{name}-{a.short}-{a.steps}-{a.rate:g}-{seed}"
+    config = TrainConfig(data=a.data, out=out, seed=seed, **budget, **machine)
+    train(MODELS[name], Config(**{**Config.small, **sizes}), config, data)
+    return load_run(out, find_machine(config, 0).device, max_seq_len=a.long if name != "learned_position" else None)[0]
+
+
+def tune(model: Transformer, seed: int, a: Arguments, data: Data) -> None:
+    """Train a little on long windows, at a tenth of the learning rate."""
+    steps = max(a.steps // TUNING, 1)
+    optimizer = make_optimizer(model, TrainConfig(max_lr=a.rate / 10, min_lr=0))
+    n_windows = max(1024 // a.long, 1)
+    batches = step_batches(
+        data.train,
+        seq_len=a.long,
+        micro_batch_size=n_windows,
+        windows_per_step=n_windows,
+        seed=seed,
+        first_step=0,
+        last_step=steps,
+        to_device=lambda batch: batch.to(model.tok_embed.weight.device),
+    )
+    model.train()
+    for ((_, batch),) in batches:
+        model.loss(batch)[0].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def results(name: str, seed: int, a: Arguments, data: Data) -> Iterator[dict]:
+    """One line for the model as it is, and for RoPE two lines for each scaling."""
+    windows, ways = eval_windows(data.eval, a.long, a.windows), scalings(a.short, a.long)
+    model = trained_model(name, seed, a, data)
+    yield {"scaling": None, "tuned": False, "loss": loss_as_texts_grow(model, windows, a.short)}
+    for scaling in a.scalings if name == "rope" else ():
+        set_scaling(model, ways[scaling])
+        yield {"scaling": scaling, "tuned": False, "loss": loss_as_texts_grow(model, windows, a.short)}
+    for scaling in (None, *a.scalings) if name == "rope" else ():
+        tuned = trained_model(name, seed, a, data)
+        set_scaling(tuned, scaling and ways[scaling])
+        tune(tuned, seed, a, data)
+        yield {"scaling": scaling, "tuned": True, "loss": loss_as_texts_grow(tuned, windows, a.short)}
+
+
+def compute(a: Arguments) -> None:
+    """Write the lines of the models and seeds that have none."""
+    data, there = opened(a.data), read_rows(a.out)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    places = [(name, seed) for seed in range(a.seeds) for name in a.models]
+    for name, seed in tqdm(places, unit="model"):
+        key = dict(model=name, seed=seed, short=a.short, times=a.times, steps=a.steps, rate=a.rate)
+        key |= dict(windows=a.windows, data=data.train_sha256[:12])
+        wanted = 1 if name != "rope" else 2 + 2 * len(a.scalings)
+        if len(find(there, **key)) >= wanted:
+            continue
+        lines = [{**key, **line, "commit": git_commit(), "device": "cpu"} for line in results(name, seed, a, data)]
+        with open(a.out, "a", encoding="utf-8") as file:  # all lines of a model at once, or none
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+Losses = dict[str, list[tuple[float, float] | None]]
+"""For each way of reading, mean and standard error of the loss in each stretch; None where it has no positions."""
+
+
+def losses_by_way(rows: list[dict]) -> Losses:
+    """The rows' losses, averaged over seeds."""
+    ways: dict[str, list[list[float | None]]] = {}
+    for row in rows:
+        name = row["model"] + (f", {row['scaling']}" if row["scaling"] else "") + (", tuned" if row["tuned"] else "")
+        ways.setdefault(name, []).append(row["loss"])
     return {
-        "no scaling": None,
-        "linear interpolation": LinearInterpolation(factor),
-        "NTK-aware": NTKAware(factor),
-        "dynamic NTK": DynamicNTK(1.0, short),
-        "YaRN": YaRN(factor, short),
-        "Llama 3 bands": Llama3Bands(factor, short),
+        name: [None if None in stretch else mean_and_error(list(stretch)) for stretch in zip(*seeds, strict=True)]
+        for name, seeds in ways.items()
     }
 
 
-@torch.no_grad()
-def loss_by_position(model: RoPEDecoder, windows: Tensor, scaling: Scaling | None) -> Tensor:
-    """(N, T + 1) windows -> nats at each position, the mean over windows: (T,)."""
-    for module in model.modules():
-        if isinstance(module, RoPE):
-            module.scaling = scaling
-    total = torch.zeros(windows.shape[1] - 1)
-    for batch in windows.to(model.tok_embed.weight.device).split(16):
-        logits = model(batch[:, :-1])
-        total += F.cross_entropy(logits.transpose(1, 2).float(), batch[:, 1:], reduction="none").sum(0).cpu()
-    return total / len(windows)
-
-
-def loss_as_texts_grow(model: RoPEDecoder, windows: Tensor, scaling: Scaling | None, short: int) -> Tensor:
-    """(N, T + 1) windows -> nats at each position, (T,); each stretch of `short` positions is the end of its text."""
-    ends = range(short, windows.shape[1], short)
-    return torch.cat([loss_by_position(model, windows[:, : end + 1], scaling)[-short:] for end in ends])
-
-
-def table(losses: dict[str, Tensor], short: int) -> str:
+def table(losses: Losses, short: int) -> str:
     """A Markdown table of the mean loss in each stretch of `short` positions."""
-    stretches = range(0, len(next(iter(losses.values()))), short)
-    lines = ["| | " + " | ".join(f"{start} to {start + short - 1}" for start in stretches) + " |"]
-    lines += ["|---" * (len(stretches) + 1) + "|"]
-    for name, loss in losses.items():
-        lines.append(f"| {name} | " + " | ".join(f"{part.mean():.3f}" for part in loss.split(short)) + " |")
+    n = len(next(iter(losses.values())))
+    lines = ["| | " + " | ".join(f"{i * short} to {(i + 1) * short - 1}" for i in range(n)) + " |"]
+    lines += ["|---" * (n + 1) + "|"]
+    for name, stretches in losses.items():
+        cells = ["none" if s is None else f"{s[0]:.3f}" + ("" if s[1] != s[1] else f" ± {s[1]:.3f}") for s in stretches]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def draw(losses: dict[str, Tensor], path: Path, short: int) -> None:
-    """Draw the loss against the position, averaged over a sixteenth of the text."""
-    figure = new_figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, loss in losses.items():
-        width = max(1, len(loss) // 16)
-        smooth = loss.unfold(0, width, 1).mean(-1)
-        axes.plot(torch.arange(len(smooth)) + width / 2, smooth, label=name, color="black" if "no" in name else None)
-    axes.axvline(short, color="grey", linestyle=":")
-    axes.text(short, axes.get_ylim()[1], " trained up to here", va="top", color="grey", fontsize=8)
-    axes.set_xlabel("position")
-    axes.set_ylabel("eval loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+def draw(losses: Losses, path: Path, short: int) -> None:
+    """Three panels: position schemes, windows and states, scalings of RoPE. RoPE is black in each."""
+    scalings = [name for name in losses if "," in name]
+    positions = [name for name in losses if name in POSITIONS]
+    others = [name for name in losses if name not in (*scalings, *positions)]
+    panels = [names for names in (positions, others, scalings) if names]
+    figure = new_figure(figsize=(5.2 * len(panels), 4.5), dpi=120, layout="constrained")
+    for names, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
+        for name in dict.fromkeys(("rope", *names)):
+            points = [(i + 1, s[0]) for i, s in enumerate(losses.get(name, ())) if s]
+            style = {"color": "black", "linewidth": 2} if name == "rope" else {"linestyle": "--" * ("tuned" in name)}
+            axes.plot(*zip(*points, strict=True), marker=".", label=name, **{k: v for k, v in style.items() if v})
+        axes.set_xlabel(f"text length, times the {short} tokens of training")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    figure.axes[0].set_ylabel(f"eval loss of the last {short} tokens, nats per token")
     with replacing(path) as picture:
-        figure.savefig(picture, format="png", dpi=140)
+        figure.savefig(picture, format="png")
 
 
 @console()
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    flags = tyro.cli(Arguments, args=arguments[:split])
-    sizes = ["--sample", "--data", str(flags.data), "--model.max-seq-len", str(flags.short)]
-    train_rope.main([*sizes, "--out", str(flags.out / "rope"), *arguments[split + 1 :]])
-    model, _ = load_run(flags.out / "rope", find_device())
-    windows = eval_windows(open_tokens(flags.data).eval, flags.long, flags.windows)
-    ways = scalings(flags.short, flags.long).items()
-    progress = tqdm(ways, unit="scaling")
-    losses = {name: loss_as_texts_grow(model, windows, scaling, flags.short) for name, scaling in progress}
-    text = table(losses, flags.short)
-    write_atomically(flags.out / "context.md", text.encode())
-    print(f"\n{text}\nwritten to {flags.out / 'context.md'}")
-    try_to_draw(draw, losses, flags.out / "context.png", flags.short)
+    a = tyro.cli(Arguments, args=arguments)
+    if a.quick:
+        a = replace(a, models=("rope", "alibi", "gated_delta_net"), seeds=1, steps=a.steps // 4)
+    if not a.report:
+        compute(a)
+    rows = find(read_rows(a.out), short=a.short, times=a.times, steps=a.steps)
+    if not rows:
+        raise ValueError(f"{a.out} has no rows of {a.steps} steps with --short {a.short}: run without --report first")
+    losses = losses_by_way(rows)
+    text = table(losses, a.short)
+    write_atomically(a.out.with_suffix(".md"), text.encode())
+    print(f"\n{text}\nwritten to {a.out.with_suffix('.md')}")
+    try_to_draw(draw, losses, a.out.with_suffix(".png"), a.short)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,60 @@
+"""How the loss grows with the position, also beyond the length of training.
+
+A scaling of RoPE (llm/modules/position_encoding/context_extension.py) has no weights, so a trained model is given one
+after training. Blog: Position encoding, longer context.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm.models.transformer import Transformer
+from llm.modules.position_encoding.context_extension import (
+    DynamicNTK,
+    LinearInterpolation,
+    Llama3Bands,
+    NTKAware,
+    YaRN,
+)
+from llm.modules.position_encoding.rope import RoPE, Scaling
+
+
+def scalings(short: int, long: int) -> dict[str, Scaling]:
+    """Every way to extend the context by `long / short`. Dynamic NTK finds this factor itself, so its own is 1."""
+    factor = long / short
+    return {
+        "linear interpolation": LinearInterpolation(factor),
+        "NTK-aware": NTKAware(factor),
+        "dynamic NTK": DynamicNTK(1.0, short),
+        "YaRN": YaRN(factor, short),
+        "Llama 3 bands": Llama3Bands(factor, short),
+    }
+
+
+def set_scaling(model: nn.Module, scaling: Scaling | None) -> None:
+    """Give every RoPE of the model this scaling."""
+    for module in model.modules():
+        if isinstance(module, RoPE):
+            module.scaling = scaling
+
+
+@torch.no_grad()
+def loss_by_position(model: Transformer, windows: Tensor) -> Tensor:
+    """(N, T + 1) windows -> nats at each position, the mean over windows: (T,)."""
+    total = torch.zeros(windows.shape[1] - 1)
+    for batch in windows.to(model.tok_embed.weight.device).split(16):
+        logits = model(batch[:, :-1])
+        total += F.cross_entropy(logits.transpose(1, 2).float(), batch[:, 1:], reduction="none").sum(0).cpu()
+    return total / len(windows)
+
+
+def loss_as_texts_grow(model: Transformer, windows: Tensor, short: int) -> list[float | None]:
+    """(N, T + 1) windows -> the mean loss of each stretch of `short` positions, read at the end of its text. None where
+    the model has no position that far."""
+    losses = []
+    for end in range(short, windows.shape[1], short):
+        try:
+            losses.append(loss_by_position(model, windows[:, : end + 1])[-short:].mean().item())
+        except (IndexError, ValueError):
+            losses.append(None)
+    return losses
