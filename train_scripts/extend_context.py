@@ -5,8 +5,9 @@
     python train_scripts/extend_context.py --models rope --scalings YaRN
 
 Models differ in what they do at positions that training never had. A RoPE model is also read with each scaling of
-llm/modules/position_encoding/context_extension.py, as it is and after a short training on long texts. Each stretch of
-`short` positions is the end of a text of just that length, because dynamic NTK depends on the length of the text.
+llm/modules/position_encoding/context_extension.py, as it is and after a short training on long texts; and through a
+window as long as the texts of training, with and without the first four tokens (StreamingLLM, arXiv 2309.17453). Each
+stretch of `short` positions is the end of a text of just that length, since dynamic NTK depends on the text's length.
 
 Each result is a line of JSON in `--out`; what is there is not computed again. Table and picture are written beside it.
 Blog: Position encoding, longer context.
@@ -22,7 +23,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from llm.analysis.length import loss_as_texts_grow, scalings, set_scaling
+from llm.analysis.length import loss_as_texts_grow, scalings, set_mask, set_scaling, windows_of
 from llm.analysis.studies import find, mean_and_error, opened, read_rows
 from llm.config import TrainConfig
 from llm.console import console
@@ -126,13 +127,17 @@ def tune(model: Transformer, seed: int, a: Arguments, data: Data) -> None:
 
 
 def results(name: str, seed: int, a: Arguments, data: Data) -> Iterator[dict]:
-    """One line for the model as it is, and for RoPE two lines for each scaling."""
+    """A line for the model as it is; RoPE has one for each window, and two for each scaling."""
     windows, ways = eval_windows(data.eval, a.long, a.windows), scalings(a.short, a.long)
     model = trained_model(name, seed, a, data)
     yield {"scaling": None, "tuned": False, "loss": loss_as_texts_grow(model, windows, a.short)}
     for scaling in a.scalings if name == "rope" else ():
         set_scaling(model, ways[scaling])
         yield {"scaling": scaling, "tuned": False, "loss": loss_as_texts_grow(model, windows, a.short)}
+    set_scaling(model, None)
+    for window, mask in windows_of(a.short).items() if name == "rope" else ():
+        set_mask(model, mask)
+        yield {"scaling": window, "tuned": False, "loss": loss_as_texts_grow(model, windows, a.short)}
     for scaling in (None, *a.scalings) if name == "rope" else ():
         tuned = trained_model(name, seed, a, data)
         set_scaling(tuned, scaling and ways[scaling])
@@ -148,8 +153,8 @@ def compute(a: Arguments) -> None:
     for name, seed in tqdm(places, unit="model"):
         key = dict(model=name, seed=seed, short=a.short, times=a.times, steps=a.steps, rate=a.rate)
         key |= dict(windows=a.windows, data=data.train_sha256[:12])
-        wanted = 1 if name != "rope" else 2 + 2 * len(a.scalings)
-        if len(find(there, **key)) >= wanted:
+        found = {(row["scaling"], row["tuned"]) for row in find(there, **key)}
+        if found >= {(None, False), *((scaling, True) for scaling in a.scalings if name == "rope")}:
             continue
         lines = [{**key, **line, "commit": git_commit(), "device": "cpu"} for line in results(name, seed, a, data)]
         with open(a.out, "a", encoding="utf-8") as file:  # all lines of a model at once, or none

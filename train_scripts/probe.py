@@ -1,6 +1,7 @@
 """Train models on small synthetic tasks that tell architectures apart, and show what each can do.
 
     python train_scripts/probe.py --models baseline rope --tasks recall parity
+    python train_scripts/probe.py --models delta_net "delta_net, max_beta = 2" --tasks parity
     python train_scripts/probe.py --quick                                     # minutes
 
 Each run is a line of JSON in `--out`; what is there is not run again, so an interrupted command goes on where it was.
@@ -8,13 +9,14 @@ The table and the heat map show the best learning rate of each model. The tasks:
 """
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -23,12 +25,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from llm.analysis.probes import TASKS, UNDECIDED, draw
+from llm.analysis.studies import read_rows, side_by_side
 from llm.config import TrainConfig
 from llm.console import console
 from llm.files import replacing, write_atomically
 from llm.models import MODELS
 from llm.training.curve import new_figure, try_to_draw
 from llm.training.optim import learning_rate, make_optimizer
+from llm.training.provenance import git_commit
 
 LSTM = "lstm"  # no language model of ours, as a control: it keeps a state through time
 MODEL_NAMES = (*(name for name, Model in MODELS.items() if Model.causal), LSTM)
@@ -40,12 +44,12 @@ class Arguments:
 
     models: tuple[str, ...] = (
         *("baseline", "rope", "alibi", "nope", "sliding_window", "retnet", "delta_net", "gated_delta_net", "mamba2"),
-        *("rwkv7", "hybrid", LSTM),
+        *("rwkv7", "hybrid", "native_sparse", "delta_net, max_beta = 2", LSTM),
     )
-    """Names of causal models of MODELS, or lstm."""
+    """Causal models of MODELS, or lstm. Settings may follow the name: "delta_net, max_beta = 2"."""
     tasks: tuple[str, ...] = tuple(TASKS)
     """Names of llm/analysis/probes.py."""
-    rates: tuple[float, ...] = (1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Learning rates; each model is shown at its best one."""
     seeds: int = 1
     """Runs of each model, task and rate."""
@@ -61,10 +65,21 @@ class Arguments:
     """Width of the models."""
     n_layers: int = 2
     """Blocks of the models."""
+    processes: int = 2
+    """Runs side by side, each on one core."""
     out: Path = Path("docs/results/probes.jsonl")
     """A line of JSON for each run; table and picture are written beside it."""
     quick: bool = False
-    """One rate and 300 steps."""
+    """Five models, five tasks, one rate, 400 steps: ten minutes."""
+
+
+QUICK = Arguments(
+    models=("rope", "sliding_window", "mamba2", "gated_delta_net", LSTM),
+    tasks=("recall", "copy", "parity", "needle", "induction"),
+    rates=(3e-3,),
+    steps=400,
+    out=Path("runs/probes.jsonl"),
+)
 
 
 class Lstm(nn.Module):
@@ -90,10 +105,21 @@ def make_model(name: str, vocab_size: int, a: Arguments) -> nn.Module:
     """A model at the size of the probes, with a context for the longest texts."""
     if name == LSTM:
         return Lstm(vocab_size, a.d_model, a.n_layers)
+    name, settings = name_and_settings(name)
     Config = MODELS[name].Config
     widths = {key: Config.small[key] * a.d_model // Config.small["d_model"] for key in ("d_ff",) if key in Config.small}
     context = {"max_seq_len": max(a.longer) * a.length, "vocab_size": vocab_size}
-    return MODELS[name](Config(**{**Config.small, **widths, **context, "d_model": a.d_model, "n_layers": a.n_layers}))
+    sizes = {"d_model": a.d_model, "n_layers": a.n_layers, "initialization": "xavier"}
+    return MODELS[name](Config(**{**Config.small, **widths, **context, **sizes, **settings}))
+
+
+def name_and_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """ "delta_net, max_beta = 2" -> ("delta_net", {"max_beta": 2}). Raises ValueError where it cannot be read."""
+    name, *pairs = (part.strip() for part in text.split(","))
+    try:
+        return name, {key.strip(): json.loads(value) for key, value in (pair.split("=") for pair in pairs)}
+    except ValueError:
+        raise ValueError(f'{text!r} is no model with settings: write "delta_net, max_beta = 2" (--models)') from None
 
 
 def train(name: str, task: str, rate: float, seed: int, a: Arguments) -> dict[str, float]:
@@ -102,7 +128,9 @@ def train(name: str, task: str, rate: float, seed: int, a: Arguments) -> dict[st
     model = make_model(name, TASKS[task].vocab_size, a)
     config = TrainConfig(max_lr=rate, min_lr=rate / 10, steps=a.steps, warmup_steps=a.steps // 10, weight_decay=0.1)
     optimizer = make_optimizer(model, config)
-    bar = tqdm(range(1, a.steps + 1), desc=f"{name}, {task}, rate {rate:g}, seed {seed}", leave=False)
+    bar = tqdm(
+        range(1, a.steps + 1), desc=f"{name}, {task}, rate {rate:g}, seed {seed}", leave=False, disable=a.processes > 1
+    )
     for step in bar:
         tokens, targets = draw(TASKS[task], seed, step, a.batch_size, a.length)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=UNDECIDED)
@@ -126,8 +154,11 @@ def accuracy(model: nn.Module, task: str, seed: int, length: int, n_texts: int =
     return (found == targets)[decided].double().mean().item()
 
 
-def read_runs(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+def timed(a: Arguments, run: dict) -> dict:
+    """The accuracy of a run and how long it took."""
+    start = time.perf_counter()
+    result = train(run["model"], run["task"], run["rate"], run["seed"], a)
+    return {"accuracy": result, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def missing_runs(a: Arguments, found: list[dict]) -> Iterator[dict]:
@@ -187,26 +218,34 @@ def draw_tables(tables: dict[str, list[list[float | None]]], path: Path, models:
 def main(arguments: list[str] | None = None) -> None:
     a = tyro.cli(Arguments, args=arguments)
     if a.quick:
-        a = tyro.cli(Arguments, args=arguments, default=Arguments(rates=(3e-3,), steps=300))
-    for kind, names, known in (("causal model", a.models, MODEL_NAMES), ("task", a.tasks, tuple(TASKS))):
+        a = tyro.cli(Arguments, args=arguments, default=QUICK)
+    try:
+        run(a)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(a: Arguments) -> None:
+    """Train what is missing and write the report. Raises ValueError for names that are not known."""
+    models = tuple(name_and_settings(name)[0] for name in a.models)
+    kinds = (("causal model", models, MODEL_NAMES), ("task", a.tasks, tuple(TASKS)))
+    for kind, names, known in kinds:
         if unknown := [name for name in names if name not in known]:
-            sys.exit(f"error: no {kind} is called {', '.join(unknown)}; there are {', '.join(known)}")
+            raise ValueError(f"no {kind} is called {', '.join(unknown)}; there are {', '.join(known)}")
     if a.out.is_dir():
-        sys.exit(f"error: {a.out} is a folder: name a file for the runs (--out {a.out / 'probes.jsonl'})")
+        raise ValueError(f"{a.out} is a folder: name a file for the runs (--out {a.out / 'probes.jsonl'})")
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    found = read_runs(a.out)
+    found = read_rows(a.out)
     todo = list(missing_runs(a, found))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    for number, run in enumerate(todo, 1):
-        start = time.perf_counter()
-        result = train(run["model"], run["task"], run["rate"], run["seed"], a)
-        seconds = round(time.perf_counter() - start, 1)
-        line = {**run, "accuracy": result, "seconds": seconds, "commit": commit.stdout.strip(), "device": "cpu"}
+    for name in {run["model"] for run in todo}:
+        make_model(name, 2, a)  # settings that cannot work are refused before anything is trained
+    for run, result in tqdm(side_by_side(partial(timed, a), todo, a.processes), "probes", len(todo), unit="run"):
+        line = {**run, **result, "commit": git_commit(), "device": "cpu"}
         with open(a.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         found.append(line)
-        shown = ", ".join(f"{value:.0%} at {times} x" for times, value in result.items())
-        print(f"[{number}/{len(todo)}] {run['model']}, {run['task']}: {shown} ({seconds:.0f} s)", flush=True)
+        shown = ", ".join(f"{value:.0%} at {times} x" for times, value in line["accuracy"].items())
+        tqdm.write(f"{run['model']}, {run['task']}, rate {run['rate']:g}: {shown} ({line['seconds']:.0f} s)")
     report(found, a)
 
 

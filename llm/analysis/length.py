@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.models.transformer import Transformer
+from llm.modules.attention.multi_head import MultiHeadAttention
+from llm.modules.masks import FirstAndWindow, Mask, Window
 from llm.modules.position_encoding.context_extension import (
     DynamicNTK,
     LinearInterpolation,
@@ -29,6 +31,18 @@ def scalings(short: int, long: int) -> dict[str, Scaling]:
         "YaRN": YaRN(factor, short),
         "Llama 3 bands": Llama3Bands(factor, short),
     }
+
+
+def windows_of(width: int) -> dict[str, Mask]:
+    """Ways to read a text of any length with the attention of a short one, `width` keys at most (StreamingLLM)."""
+    return {"window": Window(width), "first tokens and window": FirstAndWindow(4, width - 4)}
+
+
+def set_mask(model: nn.Module, mask: Mask) -> None:
+    """Let every attention layer of the model see what the mask shows."""
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.mask = mask
 
 
 def set_scaling(model: nn.Module, scaling: Scaling | None) -> None:

@@ -12,11 +12,11 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,8 @@ def complete(study: Study, runs: list[Run], processes: int = 1) -> list[dict]:
     for run in todo:
         study.configs(replace(run, match="none"))
     study.rows.parent.mkdir(parents=True, exist_ok=True)
-    for run, row in tqdm(trained(study, todo, processes), study.name, len(todo), unit="run", disable=not todo):
+    results = side_by_side(partial(execute, study), todo, processes)
+    for run, row in tqdm(results, study.name, len(todo), unit="run", disable=not todo):
         with open(study.rows, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         loss = "diverged" if row["diverged"] else f"{row['eval_loss']:.4f}"
@@ -130,23 +131,25 @@ def in_words(run: Run) -> str:
     return ", ".join([run.model, *changes, f"rate {run.rate:g}", f"seed {run.seed}"])
 
 
-def trained(study: Study, runs: list[Run], processes: int) -> Iterator[tuple[Run, dict]]:
-    """Train each run; yield it with its row as soon as it is finished."""
+def side_by_side(function: Callable[..., dict], runs: list, processes: int) -> Iterator[tuple[Any, dict]]:
+    """`(run, function(run))` as soon as it is there, each computed on one thread; with several, in processes."""
     if processes == 1:
-        yield from ((run, execute(study, run)) for run in runs)
+        torch.set_num_threads(1)
+        yield from ((run, function(run)) for run in runs)
         return
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=[1]
+    )
     try:
-        futures = {pool.submit(execute, study, run): run for run in runs}
+        futures = {pool.submit(function, run): number for number, run in enumerate(runs)}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            yield runs[futures[future]], future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def execute(study: Study, run: Run) -> dict:
     """Train one run in this process and return its row. A run that diverges has a row without a loss."""
-    torch.set_num_threads(1)
     model_config, config = study.configs(run)
     name = "-".join([run.model, f"{run.rate:g}", str(run.seed), *map(str, run.settings.values()), run.match])
     folder = Path("runs") / study.name / name.replace("/", "_")
@@ -161,6 +164,7 @@ def execute(study: Study, run: Run) -> dict:
     lines = read_metrics(folder / "metrics.jsonl")
     evaluations = [line for line in lines if line.get("eval_loss") is not None]
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}
+    loads = [line["expert_load"] for line in lines if "expert_load" in line]
     with torch.device("meta"):
         costs = describe(Model(model_config))
     shutil.rmtree(folder)
@@ -170,6 +174,7 @@ def execute(study: Study, run: Run) -> dict:
         "tokens": study.steps * study.tokens_per_step,
         **(dict.fromkeys(last) if diverged else last),
         "diverged": diverged,
+        **({"expert_load": loads[-1]} if loads else {}),
         "curve": [[line["tokens"], line["eval_loss"]] for line in evaluations],
         "commit": git_commit(),
         "device": machine.name,

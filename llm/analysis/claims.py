@@ -1,0 +1,287 @@
+"""Claims of papers, each with the runs that try it and the rule that decides what came out.
+
+A rule compares two arms with the same seeds. "Holds" and "does not hold here" need a difference that a t-test tells
+from noise (p < 0.05); all else is "cannot be told at this size". Three kinds of evidence are compared: the eval loss of
+training runs (llm/analysis/studies.py), the accuracy of probes (llm/analysis/probes.py), and the loss of texts longer
+than those of training (llm/analysis/length.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llm.analysis.studies import T_95, Run, find, mean_and_error
+
+SEEDS = 3
+Result = dict[int, float]
+"""By seed: a loss (infinite where the run diverged) or an accuracy."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison of training runs; `Run`'s fields without the seed. `rate` multiplies the study's."""
+
+    model: str
+    rate: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    match: str = "none"
+
+    def runs(self, rate: float, settings: dict[str, Any]) -> list[Run]:
+        return [Run(self.model, self.rate * rate, s, settings | self.settings, self.match) for s in range(SEEDS)]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The accuracy of a model on a task, at so many times the trained length; at the best of the rates tried."""
+
+    model: str
+    task: str
+    times: int = 1
+
+    def result(self, rows: list[dict]) -> Result:
+        """By seed; nothing where there are no rows."""
+        rates: dict[float, Result] = {}
+        for row in find(rows, model=self.model, task=self.task):
+            rates.setdefault(row["rate"], {})[row["seed"]] = row["accuracy"][str(self.times)]
+        return max(rates.values(), key=lambda result: (len(result), sum(result.values())), default={})
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How much larger the loss is at the end of the longest texts than at the end of texts as long as in training."""
+
+    model: str
+    scaling: str | None = None
+    tuned: bool = False
+
+    def result(self, rows: list[dict]) -> Result:
+        found = find(rows, model=self.model, scaling=self.scaling, tuned=self.tuned)
+        return {row["seed"]: row["loss"][-1] - row["loss"][0] for row in found if None not in row["loss"]}
+
+
+Side = Arm | Probe | Reach
+Verdict = Literal["holds", "does not hold here", "cannot be told at this size", "not run yet"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`first` is better than `second`; with a margin, `first` is worse by less than the margin.
+
+    `value` reads a training run's row: the eval loss, unless the claim is about something else.
+    """
+
+    text: str
+    source: str
+    first: Side
+    second: Side
+    margin: float | None = None
+    value: Callable[[dict], float] | None = None
+
+
+def better_by(claim: Claim, first: Result, second: Result) -> list[float]:
+    """For each seed that both have, how much better the first is: a higher accuracy, a lower loss."""
+    sign = 1 if isinstance(claim.first, Probe) else -1
+    return [sign * (first[seed] - second[seed]) for seed in sorted(first.keys() & second.keys())]
+
+
+def judge(claim: Claim, first: Result, second: Result) -> tuple[str, Verdict]:
+    """What came out, in numbers, and what it says about the claim."""
+    apart = better_by(claim, first, second)
+    if len(apart) < SEEDS:
+        return f"{len(apart)} of {SEEDS} seeds", "not run yet"
+    infinite = [float("inf") in (a, b) for a, b in ((first[s], second[s]) for s in first.keys() & second.keys())]
+    if any(infinite):
+        one, other = (sum(value == float("inf") for value in side.values()) for side in (first, second))
+        told: Verdict = "holds" if one == 0 and other == len(second) else "cannot be told at this size"
+        return f"diverged: {one} and {other} of {SEEDS}", "does not hold here" if one > other else told
+    mean, error = mean_and_error(apart)
+    reach = T_95[len(apart)] * error
+    shown = "{:+.1f} ± {:.1f} points" if isinstance(claim.first, Probe) else "{:+.3f} ± {:.3f}"
+    scale, worst = 100 if isinstance(claim.first, Probe) else -1, -(claim.margin or 0.0)
+    text = shown.format(scale * mean, abs(scale) * error)
+    if mean - reach > worst:
+        return text, "holds"
+    return text, "does not hold here" if mean + reach < worst else "cannot be told at this size"
+
+
+def imbalance(row: dict) -> float:
+    """The largest expert's share of the choices over the mean share, the worst layer's: 1 is balanced."""
+    load = row["expert_load"]
+    layers = load if isinstance(load[0], list) else [load]
+    return max(max(layer) * len(layer) for layer in layers)
+
+
+NO_WARMUP, MUON = {"warmup_steps": 0}, {"optimizer": "muon"}
+CLAIMS = [
+    Claim(
+        "post-norm needs its warm-up",
+        "On Layer Normalization in the Transformer Architecture, arXiv 2002.04745",
+        Arm("post_norm"),
+        Arm("post_norm", settings=NO_WARMUP),
+    ),
+    Claim(
+        "pre-norm does without warm-up (loses less than 0.05 nats)",
+        "arXiv 2002.04745",
+        Arm("baseline", settings=NO_WARMUP),
+        Arm("baseline"),
+        margin=0.05,
+    ),
+    Claim(
+        "QK-norm takes a rate at which the baseline diverges or falls behind (eight times the reference)",
+        "Scaling Vision Transformers to 22 Billion Parameters, arXiv 2302.05442",
+        Arm("qk_norm", rate=8),
+        Arm("baseline", rate=8),
+    ),
+    Claim(
+        "multi-query attention loses little (0.05 nats) for a quarter of the cache",
+        "Fast Transformer Decoding, arXiv 1911.02150",
+        Arm("multi_query"),
+        Arm("baseline"),
+        margin=0.05,
+    ),
+    Claim(
+        "grouped queries lose less than multi-query attention",
+        "GQA, arXiv 2305.13245",
+        Arm("grouped_query"),
+        Arm("multi_query"),
+    ),
+    Claim(
+        "experts beat the dense model at equal FLOPs",
+        "Switch Transformers, arXiv 2101.03961",
+        Arm("mixture_of_experts", match="flops"),
+        Arm("baseline"),
+    ),
+    Claim(
+        "loss-free balancing balances better than the balance loss (largest expert's load over the mean)",
+        "Auxiliary-Loss-Free Load Balancing Strategy, arXiv 2408.15664",
+        Arm("loss_free_balancing"),
+        Arm("mixture_of_experts"),
+        value=imbalance,
+    ),
+    Claim(
+        "SwiGLU with two thirds of the width beats GELU at equal FLOPs (the 2/3 rule)",
+        "GLU Variants Improve Transformer, arXiv 2002.05202",
+        Arm("swiglu", match="flops"),
+        Arm("baseline"),
+    ),
+    Claim("RoPE beats sinusoidal positions", "RoFormer, arXiv 2104.09864", Arm("rope"), Arm("baseline")),
+    Claim(
+        "latent attention loses nothing (0.02 nats) against full attention with RoPE, at a fifth of the cache",
+        "DeepSeek-V2, arXiv 2405.04434",
+        Arm("latent"),
+        Arm("rope"),
+        margin=0.02,
+    ),
+    Claim(
+        "a gate on the output of attention lowers the loss at equal FLOPs",
+        "Gated Attention for Large Language Models, arXiv 2505.06708",
+        Arm("gated_attention", match="flops"),
+        Arm("baseline"),
+    ),
+    Claim(
+        "the parallel block loses nothing (0.02 nats)",
+        "PaLM, arXiv 2204.02311",
+        Arm("parallel_block"),
+        Arm("baseline"),
+        margin=0.02,
+    ),
+    Claim(
+        "tied embeddings beat an untied head",
+        "Using the Output Embedding to Improve Language Models, arXiv 1608.05859",
+        Arm("baseline"),
+        Arm("baseline", settings={"tie_embeddings": False}),
+    ),
+    Claim(
+        "Muon needs fewer tokens than AdamW: it is lower after the same number",
+        "Muon is Scalable for LLM Training, arXiv 2502.16982",
+        Arm("baseline", settings=MUON),
+        Arm("baseline"),
+    ),
+    Claim(
+        "norms on the outputs beat pre-norm, also at the initialisation that is best for pre-norm",
+        "2 OLMo 2 Furious, arXiv 2501.00656",
+        Arm("output_norm"),
+        Arm("baseline"),
+    ),
+    Claim(
+        "the gated delta rule beats retention at equal FLOPs",
+        "Gated Delta Networks, arXiv 2412.06464",
+        Arm("gated_delta_net", match="flops"),
+        Arm("retnet", match="flops"),
+    ),
+    Claim(
+        "three recurrent layers to one of attention lose nothing (0.02 nats) against full attention with RoPE",
+        "Kimi Linear, arXiv 2510.26692",
+        Arm("hybrid", match="flops"),
+        Arm("rope"),
+        margin=0.02,
+    ),
+    Claim(
+        "a diffusion model's bound lies above the loss of a next-token model of the same size",
+        "Large Language Diffusion Models, arXiv 2502.09992",
+        Arm("baseline"),
+        Arm("masked_diffusion"),
+    ),
+    Claim(
+        "no position encoding reaches further than RoPE",
+        "The Impact of Positional Encoding on Length Generalization, arXiv 2305.19466",
+        Reach("nope"),
+        Reach("rope"),
+    ),
+    Claim("ALiBi reaches further than RoPE", "ALiBi, arXiv 2108.12409", Reach("alibi"), Reach("rope")),
+    Claim(
+        "after a short training on long texts, YaRN is better than linear interpolation",
+        "YaRN, arXiv 2309.00071",
+        Reach("rope", "YaRN", tuned=True),
+        Reach("rope", "linear interpolation", tuned=True),
+    ),
+    Claim(
+        "a window breaks without the first tokens and lives with them",
+        "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
+        Reach("rope", "first tokens and window"),
+        Reach("rope", "window"),
+    ),
+    Claim(
+        "the delta rule recalls more pairs than retention",
+        "Parallelizing Linear Transformers with the Delta Rule, arXiv 2406.06484",
+        Probe("delta_net", "recall"),
+        Probe("retnet", "recall"),
+    ),
+    Claim(
+        "attention copies longer strings than a state-space model",
+        "Repeat After Me, arXiv 2402.01032",
+        Probe("alibi", "copy"),
+        Probe("mamba2", "copy"),
+    ),
+    Claim(
+        "a state that is only scaled by numbers in [0, 1] cannot track parity, an LSTM can",
+        "The Illusion of State in State-Space Models, arXiv 2404.08819",
+        Probe("lstm", "parity", 4),
+        Probe("mamba2", "parity", 4),
+    ),
+    Claim(
+        "negative eigenvalues (beta up to 2) let a delta rule track parity",
+        "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, arXiv 2411.12537",
+        Probe("delta_net, max_beta = 2", "parity", 4),
+        Probe("delta_net", "parity", 4),
+    ),
+    Claim(
+        "a hybrid of three recurrent layers to one of attention recalls like full attention (5 points)",
+        "Kimi Linear, arXiv 2510.26692",
+        Probe("hybrid", "recall"),
+        Probe("rope", "recall"),
+        margin=0.05,
+    ),
+    Claim(
+        "selection of blocks finds the needle that a window misses",
+        "Native Sparse Attention, arXiv 2502.11089",
+        Probe("native_sparse", "needle"),
+        Probe("sliding_window", "needle"),
+    ),
+    Claim(
+        "two layers of attention find what followed last time, one layer does not",
+        "In-context Learning and Induction Heads, arXiv 2209.11895",
+        Probe("rope", "induction"),
+        Probe("rope, n_layers = 1", "induction"),
+    ),
+]
