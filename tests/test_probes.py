@@ -133,7 +133,20 @@ def test_texts_are_a_function_of_seed_and_step(name):
 
 def test_the_script_goes_on_with_the_runs_that_are_missing(tmp_path, capsys):
     out = tmp_path / "runs.jsonl"
-    small = ["--tasks", "parity", "--steps", "2", "--length", "8", "--batch-size", "2", "--rates", "0.003"]
+    small = [
+        "--processes",
+        "1",
+        "--tasks",
+        "parity",
+        "--steps",
+        "2",
+        "--length",
+        "8",
+        "--batch-size",
+        "2",
+        "--rates",
+        "0.003",
+    ]
     main = script("probe").main
     main(["--models", "rope", "lstm", *small, "--out", str(out)])
     first = out.read_text()

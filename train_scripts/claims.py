@@ -20,8 +20,6 @@ from llm.analysis.studies import Run, Study, complete, find, read_rows
 from llm.console import console
 from llm.files import write_atomically
 
-COMMANDS = {Arm: "claims.py", Probe: "probe.py --seeds 3"}
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -52,7 +50,7 @@ def result(side: Side, claim: Claim, study: Study, rows: dict[str, list[dict]]) 
         return side.result(rows["probes"])
     if not isinstance(side, Arm):
         return side.result(rows["context"])
-    found = [row for run in runs_of(side) for row in find(rows["ladder"], **study.key(run))]
+    found = [row for run in runs_of(side) for row in find(rows["ladder"], **study.description(run))]
     value = claim.value or (lambda row: row["eval_loss"])
     return {row["seed"]: float("inf") if row["diverged"] else value(row) for row in found}
 

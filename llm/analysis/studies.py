@@ -67,11 +67,14 @@ class Study:
     small: bool = True
     """The models' small size; False: their default size."""
 
+    def description(self, run: Run) -> dict[str, Any]:
+        """What identifies the line of a run, without the data."""
+        budget = ("steps", "tokens_per_step", "max_seq_len", "eval_windows", "small")
+        return {"study": self.name, **asdict(run), **{name: getattr(self, name) for name in budget}}
+
     def key(self, run: Run) -> dict[str, Any]:
         """What identifies the line of a run."""
-        budget = ("steps", "tokens_per_step", "max_seq_len", "eval_windows", "small")
-        sizes = {name: getattr(self, name) for name in budget}
-        return {"study": self.name, **asdict(run), **sizes, "data": opened(self.data).train_sha256[:12]}
+        return self.description(run) | {"data": opened(self.data).train_sha256[:12]}
 
     def model_config(self, name: str, **changes: Any) -> ModelConfig:
         """The config of a model at the study's size."""
