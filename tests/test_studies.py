@@ -177,5 +177,5 @@ def test_the_reference_study_writes_table_and_picture(data, tmp_path, monkeypatc
     reference.main(["--quick", "--processes", "1", "--data", str(data), "--out", str(tmp_path / "r.jsonl")])
     rows = read_rows(tmp_path / "r.jsonl")
     assert len(rows) == 6 and len(find(rows, model="output_norm")) == 2
-    assert "| sandwich_norm | xavier |" in (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert "| sandwich_norm | truncated_normal |" in (tmp_path / "r.md").read_text(encoding="utf-8")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

@@ -93,7 +93,7 @@ class Arguments:
 def trained_model(name: str, seed: int, a: Arguments, data: Data) -> Transformer:
     """The model after training on short windows: from its run directory where it is finished."""
     Config = MODELS[name].Config
-    sizes = {"max_seq_len": a.short, "vocab_size": data.vocab_size, "initialization": "xavier"}
+    sizes = {"max_seq_len": a.short, "vocab_size": data.vocab_size, "initialization": "truncated_normal"}
     budget = dict(steps=a.steps, tokens_per_step=1024, warmup_steps=a.steps // 10, max_lr=a.rate, min_lr=a.rate / 10)
     machine = dict(wandb="off", illustrate=False, eval_every=a.steps, save_every=a.steps)
     out = Path("runs/context") / f"{name}-{a.short}-{a.steps}-{a.rate:g}-{seed}"

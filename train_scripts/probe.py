@@ -109,7 +109,7 @@ def make_model(name: str, vocab_size: int, a: Arguments) -> nn.Module:
     Config = MODELS[name].Config
     widths = {key: Config.small[key] * a.d_model // Config.small["d_model"] for key in ("d_ff",) if key in Config.small}
     context = {"max_seq_len": max(a.longer) * a.length, "vocab_size": vocab_size}
-    sizes = {"d_model": a.d_model, "n_layers": a.n_layers, "initialization": "xavier"}
+    sizes = {"d_model": a.d_model, "n_layers": a.n_layers, "initialization": "truncated_normal"}
     return MODELS[name](Config(**{**Config.small, **widths, **context, **sizes, **settings}))
 
 

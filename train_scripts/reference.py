@@ -103,7 +103,7 @@ def draw(best: dict[tuple[str, str], tuple[float, float]], path: Path, schemes: 
 def main(arguments: list[str] | None = None) -> None:
     a = tyro.cli(Arguments, args=arguments)
     if a.quick:
-        a = replace(a, rates=a.rates[1:2], schemes=("normal", "xavier"), seeds=1)
+        a = replace(a, rates=a.rates[1:2], schemes=("normal", "truncated_normal"), seeds=1)
     study = Study("reference", a.out, a.data)
     try:
         rows = read_rows(a.out) if a.report else complete(study, runs(a), a.processes)
