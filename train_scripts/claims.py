@@ -87,9 +87,9 @@ over three seeds ± its standard error, paired by seed: nats per token for losse
 for accuracies (higher is better). "Holds" and "does not hold here" need a difference that a t-test tells from noise
 (p < 0.05). A claim that loses "little" names its margin and holds where the loss is smaller for certain.
 
-Training runs: {tokens:,} tokens of stories, the ladder's small size, initialisation {init}, rate {rate:g}
-([ladder](results/ladder.md)). Probes: [probes](results/probes.md), by `python train_scripts/probe.py --seeds 3`. Long
-texts: [context](results/context.md), by `python train_scripts/extend_context.py`.
+Training runs: {tokens:,} tokens of stories, the ladder's small size, initialisation {init}, rate {rate:g}. Probes:
+`python train_scripts/probe.py --seeds 3`. Long texts: `python train_scripts/extend_context.py`. [Experiments](experiments.md)
+says more about each.
 
 """
 

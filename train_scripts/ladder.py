@@ -89,6 +89,15 @@ def run_all(a: Arguments, study: Study) -> list[dict]:
     return rows + complete(study, more, processes)
 
 
+def recorded(a: Arguments, study: Study) -> list[dict]:
+    """The rows that such runs left. Raises ValueError where they are of several texts."""
+    any_run = study.description(Run("baseline", 0.0, 0, a.settings(), a.match))
+    rows = find(read_rows(study.rows), **{k: v for k, v in any_run.items() if k not in ("model", "rate", "seed")})
+    if len({row["data"] for row in rows}) > 1:
+        raise ValueError(f"{study.rows} has runs on several texts: run without --report, and with --data")
+    return rows
+
+
 def best_rate(rows: list[dict]) -> float:
     """The rate with the lowest eval loss of the first seed."""
     losses = {row["rate"]: row["eval_loss"] for row in rows if row["seed"] == 0 and not row["diverged"]}
@@ -151,7 +160,7 @@ EXPLANATION = (
 
 def report(rows: list[dict], match: str, out: Path) -> None:
     """Write tables and pictures of the rows with this kind of matching. Models whose loss is a bound stand apart."""
-    models = at_best_rate(find(rows, study="ladder", match=match))
+    models = at_best_rate(rows)
     if "baseline" not in models:
         raise ValueError(f"{out} has no run of the baseline with match {match}: train it first (without --report)")
     quantity = "parameters" if match == "parameters" else "training_flops_per_token"
@@ -205,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     a = replace(a, models=tuple(dict.fromkeys(("baseline", *a.models))))
     try:
         study = a.study()
-        rows = read_rows(study.rows) if a.report else run_all(a, study)
+        rows = recorded(a, study) if a.report else run_all(a, study)
         report(rows, a.match, study.rows)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
