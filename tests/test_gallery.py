@@ -23,6 +23,7 @@ from llm.gallery.fold import fold
 from llm.gallery.layout import layout
 from llm.gallery.scene import Text
 from llm.gallery.svg import draw
+from llm.models import MODELS
 from llm.modules.blocks import Block
 
 ENTRIES = entries()
@@ -252,14 +253,31 @@ class Gated(nn.Module):
         return x + y * self.ffn(first_values).sigmoid() + self.ffn(y)
 
 
+class WithFirstValues(MODELS["baseline"]):
+    """Gives its blocks a second input."""
+
+    def run_blocks(self, x, positions, layers, tokens):
+        first = x
+        for block in self.blocks:
+            x = block(x, positions, first_values=first)
+        return x
+
+
 def test_other_operations_and_inputs_are_steps_of_their_own():
-    model = tiny_model("baseline")
+    model = WithFirstValues(MODELS["baseline"].Config(**MODELS["baseline"].Config.small))
     model.blocks = nn.ModuleList([Gated(model.blocks[0].mixer, model.blocks[0].ffn)])
     diagram = describe(model)
     labels = {node.label for node in diagram.blocks()[0][1].nodes}
     assert {"x", "first_values", "mixer", "ffn", "mul", "sigmoid", "+"} <= labels
     assert "sigmoid" in equation(diagram.blocks()[0][1])
     check_places(diagram)
+
+
+def test_an_input_is_drawn_only_into_the_blocks_that_are_given_it(diagrams):
+    (_, first), (_, others) = diagrams["rwkv7"].blocks()
+    assert equation(first) == PRE_NORM
+    assert equation(others) == "x = x + mixer(mixer_norm(x), v_first); x = x + ffn(ffn_norm(x))"
+    assert diagrams["rwkv7"].note == "The values of the first layer go beside the stream to all other layers."
 
 
 # --- places

@@ -56,6 +56,7 @@ class RWKV7(NoPEDecoder):
         return RWKVBlock(self.make_mixer(layer), self.make_ffn(layer), self.make_norm)
 
     def run_blocks(self, x: Tensor, positions: Tensor, layers: list[dict | None], tokens: Tensor) -> Tensor:
+        """The values of the first layer go beside the stream to all other layers."""
         v_first = None
         for block, layer_cache in zip(self.blocks, layers, strict=True):
             x, v_first = block(x, positions, layer_cache, v_first)
