@@ -1,6 +1,8 @@
 """The gallery: what describe says of unlike models, pictures without overlaps, and a page that tells the truth."""
 
+import functools
 import json
+import math
 import re
 import sys
 from itertools import combinations
@@ -9,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from torch import nn
+from training import script
 
 from llm.analysis import accounting
 from llm.gallery import catalog, facts, page
@@ -16,15 +19,19 @@ from llm.gallery import describe as describe_module
 from llm.gallery.__main__ import main
 from llm.gallery.catalog import entries, picture
 from llm.gallery.compare import marks
+from llm.gallery.decay import decays
 from llm.gallery.describe import describe, unknown_parts
 from llm.gallery.diagram import equation
 from llm.gallery.docstrings import about, date_of
 from llm.gallery.fold import fold
 from llm.gallery.layout import layout
+from llm.gallery.results import results
 from llm.gallery.scene import Text
 from llm.gallery.svg import draw
 from llm.models import MODELS
 from llm.modules.blocks import Block
+from llm.modules.position_encoding.t5_bias import bucket
+from llm.modules.recurrent.retention import LightningAttention
 
 ENTRIES = entries()
 PRE_NORM = "x = x + mixer(mixer_norm(x)); x = x + ffn(ffn_norm(x))"
@@ -392,11 +399,6 @@ def test_what_a_model_changes_of_its_base_class():
     assert catalog.ancestry(ENTRIES["gemma2"].Model).lineage == ("WindowedGemma", "gemma", "Transformer")
 
 
-def test_rows_about_a_model_come_from_the_tables_of_the_docs():
-    (row,) = [row for row in facts.results("qwen3") if row["page"] == "docs/case_studies.md"]
-    assert row["norm"] == "RMSNorm, pre, QK-norm" and float(row["parity"]) < 1e-4
-
-
 # --- figures
 
 
@@ -449,6 +451,129 @@ def test_rope_speeds_show_the_scaling(data):
     assert rope["scaled"][0] == rope["plain"][0] and rope["scaled"][-1] == pytest.approx(
         8 * rope["plain"][-1], rel=0.01
     )
+
+
+def sights_of(name, data):
+    return next(model["sights"] for model in data["models"] if model["name"] == name)
+
+
+def test_the_bias_of_alibi_is_a_straight_line_for_each_head(data):
+    (bias,) = sights_of("alibi", data)["biases"]
+    slopes = [-(2 ** (-8 * h / 16)) for h in range(1, 17)]
+    assert [curve[0] for curve in bias["curves"]] == [[0, 0]] * 16
+    assert [curve[1] for curve in bias["curves"]] == [[255, pytest.approx(255 * slope, rel=0.01)] for slope in slopes]
+
+
+def test_a_learned_bias_is_drawn_in_the_steps_of_its_buckets(data):
+    (bias,) = sights_of("t5_bias", data)["biases"]
+    (curve,) = bias["curves"]
+    assert "before training" in bias["caption"]
+    by_distance = torch.tensor([p[1] for p in curve]), torch.tensor([p[0] for p in curve])
+    values, at = by_distance
+    assert torch.equal(at[:17], torch.arange(17))  # 16 distances with a bucket of their own
+    steps = bucket(torch.arange(256), 32, 128)
+    for distance, value in curve:
+        same = values[steps[at] == steps[distance]]
+        assert torch.equal(same, torch.full_like(same, value))
+    assert len(set(values.tolist())) > 25 and 0.002 < values.abs().max() < 0.1
+
+
+def test_a_bias_that_depends_on_the_query_says_so(data):
+    (bias,) = sights_of("relative_position", data)["biases"]
+    assert "depends on the query" in bias["caption"] and len(bias["curves"]) == 3
+
+
+def decays_of(name, data):
+    return [(decay["name"], decay["rates"], decay["distinct"]) for decay in sights_of(name, data)["decays"]]
+
+
+def test_decays_are_those_of_the_formulas(data):
+    near = functools.partial(pytest.approx, rel=5e-3)
+    ((_, rates, _),) = decays_of("retnet", data)
+    assert rates == near([-math.log(1 - 2.0 ** -(5 + h)) for h in (3, 2, 1, 0)])
+    assert decays_of("gated_linear_attention", data) == [("Gated linear attention", near([math.log(2) / 16]), 1)]
+    assert decays_of("delta_net", data) == [("Delta net", [0], 1)]
+    assert decays_of("linear_attention", data) == [("Linear attention", [0], 1)]
+    ((_, rates, n),) = decays_of("rwkv7", data)
+    assert n > len(rates) == 16
+    ends = [math.exp(-0.5) / (1 + math.exp(-bias)) for bias in (-6.5, -1.5)]
+    assert [rates[0], rates[-1]] == near(ends)
+    ((_, rates, _),) = decays_of("mamba", data)  # steps from 0.001 to 0.1, rates from 1 to 16
+    assert 0.00099 < rates[0] < 0.0012 and 1.2 < rates[-1] < 1.61
+    assert [name for name, _, _ in decays_of("parallel_hybrid", data)] == ["Mamba 2"]
+    assert decays_of("baseline", data) == []
+
+
+def test_layers_that_decay_otherwise_are_drawn_first_and_last():
+    model = tiny_model("nope")
+    for layer, block in enumerate(model.blocks):
+        block.mixer = LightningAttention(d_model=model.config.d_model, n_heads=4, depth=float(layer))
+    first, last = decays(model)
+    assert [first["name"], last["name"]] == ["Lightning attention, layer 1", "Lightning attention, layer 2"]
+    assert first["rates"] == pytest.approx([2.0**-8, 2.0**-6, 2.0**-4, 2.0**-2], rel=5e-3)
+    assert last["rates"] == pytest.approx([1e-5 * rate for rate in first["rates"]], rel=5e-3)
+
+
+# --- results
+
+
+LADDER = {"study": "ladder", "match": "flops", "tokens": 131_072_000, "parameters": 17_707_520, "seed": 0}
+LADDER |= {"active_parameters": 17_707_520, "flops_per_token": 37_000_000.0, "eval_bits_per_byte": 0.7}
+
+
+def write_runs(file, *runs):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
+
+
+def test_rows_about_a_model_come_from_the_tables_of_the_docs():
+    table = next(table for table in results("qwen3") if table["page"] == "docs/case_studies.md")
+    row = dict(table["rows"])
+    assert row["norm"] == "RMSNorm, pre, QK-norm" and float(row["parity"]) < 1e-4
+
+
+def test_the_ladder_shows_a_model_at_its_best_rate_beside_the_others(tmp_path):
+    runs = [
+        {"model": "baseline", "rate": 1e-3, "eval_loss": 1.5},
+        {"model": "rope", "rate": 1e-3, "eval_loss": 1.3},
+        {"model": "rope", "rate": 1e-3, "eval_loss": 1.5, "seed": 1, "eval_bits_per_byte": 0.8},
+        {"model": "rope", "rate": 3e-3, "eval_loss": 1.39},  # better than one seed, not than the mean of 1.4
+        {"model": "rope", "rate": 3e-3, "eval_loss": 1.43, "seed": 1},
+        {"model": "alibi", "rate": 1e-3, "eval_loss": 1.2},
+        {"model": "rope", "rate": 1e-3, "eval_loss": 0.9, "match": "none", "tokens": 1_000_000},
+        {"model": "rope", "rate": 1e-3, "eval_loss": 0.1, "study": "another"},
+    ]
+    write_runs(tmp_path / "results" / "ladder.jsonl", *({**LADDER, **run} for run in runs))
+    (table,) = results("rope", tmp_path)
+    assert table["head"] == ["", "equal FLOPs, 131 M tokens", "size as it is, 1.00 M tokens"]
+    rows = {name: cells for name, *cells in table["rows"]}
+    assert rows["eval loss"] == ["1.400 (1.300 to 1.500)", "0.900"]
+    assert rows["that of baseline"] == ["1.500", ""]
+    assert rows["place"] == ["2 of 3", "1 of 1"] and rows["seeds"] == ["2", "1"]
+    assert rows["bits per byte"][0] == "0.750" and rows["learning rate"][0] == "0.001"
+    assert rows["parameters"][0] == "17.7 M" and rows["FLOPs a token"][0] == "37.0 M"
+    assert results("gpt2", tmp_path) == []
+
+
+def test_the_probes_are_shown_as_their_script_prints_them(tmp_path, capsys):
+    file, flags = tmp_path / "results" / "probes.jsonl", ["--steps", "2", "--batch-size", "2", "--length", "8"]
+    flags += ["--models", "baseline", "rope", "--tasks", "parity", "nested", "--seeds", "2"]
+    file.parent.mkdir()
+    script("probe").main([*flags, "--out", str(file)])
+    printed = capsys.readouterr().out
+    (table,) = results("rope", tmp_path)  # probes.md beside it holds the same and is not read
+    assert table["head"] == ["task", "1 ×", "2 ×", "4 ×", "baseline", "guess"]
+    assert [row[0] for row in table["rows"]] == ["parity", "nested"]
+    for i in range(3):
+        assert f"| rope | {' | '.join(row[1 + i] for row in table['rows'])} |" in printed
+    assert f"| baseline | {' | '.join(row[4] for row in table['rows'])} |" in printed
+    assert [row[5] for row in table["rows"]] == ["50", "50"]
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    write_runs(tmp_path / "results" / "probes.jsonl", {"model": "rope"}, 3)
+    with pytest.raises(ValueError, match=r"probes.jsonl, line 2 is no JSON object: '3'"):
+        results("rope", tmp_path)
 
 
 # --- the page and the commands

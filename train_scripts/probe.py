@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from llm.analysis.probes import TASKS, UNDECIDED, draw
+from llm.analysis.results import probe_accuracy, read_runs
 from llm.config import TrainConfig
 from llm.console import console
 from llm.files import replacing, write_atomically
@@ -126,10 +127,6 @@ def accuracy(model: nn.Module, task: str, seed: int, length: int, n_texts: int =
     return (found == targets)[decided].double().mean().item()
 
 
-def read_runs(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-
-
 def missing_runs(a: Arguments, found: list[dict]) -> Iterator[dict]:
     """What identifies each run that is not there yet."""
     budget = {"steps": a.steps, "batch_size": a.batch_size, "length": a.length}
@@ -140,22 +137,14 @@ def missing_runs(a: Arguments, found: list[dict]) -> Iterator[dict]:
             yield run
 
 
-def best(runs: list[dict], model: str, task: str, times: str) -> float | None:
-    """The mean over seeds at the rate with the highest accuracy at the trained length."""
-    rates: dict[float, list[dict]] = {}
-    for run in runs:
-        if (run["model"], run["task"]) == (model, task):
-            rates.setdefault(run["rate"], []).append(run["accuracy"])
-    means = [{n: sum(r[n] for r in rows) / len(rows) for n in rows[0]} for rows in rates.values()]
-    return max(means, key=lambda row: row["1"]).get(times) if means else None
-
-
 def report(runs: list[dict], a: Arguments) -> None:
     """Write a Markdown table and a heat map of accuracies, models by tasks, for each length."""
     tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
     models = list(dict.fromkeys(run["model"] for run in runs))
     lines = []
-    tables = {t: [[best(runs, model, task, t) for task in tasks] for model in models] for t in map(str, a.longer)}
+    tables = {
+        t: [[probe_accuracy(runs, model, task, t) for task in tasks] for model in models] for t in map(str, a.longer)
+    }
     for times, values in tables.items():
         lines += [f"Texts of {times} times the trained length, accuracy in percent:", ""]
         lines += ["| model | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
@@ -194,7 +183,10 @@ def main(arguments: list[str] | None = None) -> None:
     if a.out.is_dir():
         sys.exit(f"error: {a.out} is a folder: name a file for the runs (--out {a.out / 'probes.jsonl'})")
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    found = read_runs(a.out)
+    try:
+        found = read_runs(a.out)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     todo = list(missing_runs(a, found))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     for number, run in enumerate(todo, 1):

@@ -382,32 +382,65 @@ function memory(model, k) {
 function chart(models, field, name, k) {
   const values = models.map((m) => data.contexts.map((_, i) => at(m.costs[field], i)));
   const logs = values.flat().filter((v) => v).map(Math.log10), low = Math.floor(Math.min(...logs)), high = Math.ceil(Math.max(...logs) + 0.01);
-  const x = (i) => 52 + i * 38, y = (v) => 110 - (100 * (Math.log10(v) - low)) / (high - low);
-  const lines = values.map((list, n) => {
-    const points = list.map((v, i) => (v ? `${x(i)} ${y(v).toFixed(1)}` : null)).filter(Boolean);
-    return points.length ? `<path class="${n ? "second" : ""}" d="M${points.join("L")}"/>` : "";
-  });
-  const figure = element("figure", { style: "margin:0" });
-  figure.innerHTML = `<svg class="chart" viewBox="0 0 450 132" role="img" aria-label="${name} from 1 K to 1 M tokens">
-    <path class="axis" d="M52 10V110H432"/><path class="now" d="M${x(k)} 10V110"/>${lines.join("")}
-    <text x="46" y="16" text-anchor="end">${units(10 ** high).replace(".00", "")}</text><text x="46" y="112" text-anchor="end">${units(10 ** low).replace(".00", "")}</text>
-    <text x="52" y="127">1 K</text><text x="432" y="127" text-anchor="end">1 M tokens</text></svg>`;
-  figure.append(element("figcaption", { class: "small" }, name));
+  const last = data.contexts.length - 1;
+  const lines = values.map((list) => list.flatMap((v, i) => (v ? [[i / last, (Math.log10(v) - low) / (high - low)]] : [])));
+  const power = (n) => units(10 ** n).replace(".00", "").trim();
+  return plot(lines, `${name}, from 1 K to 1 M tokens`, ["1 K", "1 M tokens"], [power(low), power(high)], { now: k / last });
+}
+
+// Lines of points [x, y] from 0 to 1, in a frame with a label at both ends of each axis. `now` marks a place.
+function plot(lines, caption, [left, right], [low, high], { now = null, dashed = true } = {}) {
+  const x = (v) => (56 + 380 * v).toFixed(1), y = (v) => (110 - 100 * v).toFixed(1);
+  const path = (points) => `M${points.map(([a, b]) => `${x(a)} ${y(b)}`).join("L")}`;
+  const paths = lines.map((points, n) => (points.length ? `<path class="${n && dashed ? "second" : ""}" d="${path(points)}"/>` : ""));
+  const figure = element("figure");
+  figure.innerHTML = `<svg class="chart" viewBox="0 0 450 130" role="img" aria-label="${caption}"><path class="axis" d="M56 10V110H436"/>
+    ${now === null ? "" : `<path class="now" d="M${x(now)} 10V110"/>`}${paths.join("")}
+    <text x="50" y="17" text-anchor="end">${high}</text><text x="50" y="111" text-anchor="end">${low}</text>
+    <text x="56" y="125">${left}</text><text x="436" y="125" text-anchor="end">${right}</text></svg>`;
+  figure.append(element("figcaption", {}, caption));
   return figure;
 }
 
 function showSights() {
-  const box = element("div", { class: "sights" }), { masks, ropes, biases } = shown.sights;
+  const box = element("div", { class: "sights" }), { masks, ropes, biases, decays } = shown.sights;
   for (const mask of masks) {
     const figure = element("figure");
     figure.innerHTML = maskPicture(mask);
     figure.append(element("figcaption", {}, `${mask.name.replace("()", "")}, the first ${count(mask.length)} tokens`));
     box.append(figure);
   }
-  for (const rope of ropes) box.append(curves([rope.plain, rope.scaled], `RoPE: tokens for a full turn of each pair, theta ${count(rope.theta)}${rope.scaled ? "; dashed: with its scaling" : ""}`, true));
-  for (const bias of biases) box.append(curves(bias, "Bias of the scores by distance, 0 to 255, a line for each head", false));
+  box.append(...ropes.map(rotation), ...biases.map(bias), ...decays.map(decay));
   if (!box.childElementCount) box.append("Its mixers have no mask and no rotation: what a token sees is in their state.");
   $("sights").replaceChildren(box);
+}
+
+// `scaled` from 0 to 1 between the smallest and the largest of all values.
+function within(lists) {
+  const all = lists.flat(), low = Math.min(...all), high = Math.max(...all);
+  return { low, high, scaled: (v) => (high > low ? (v - low) / (high - low) : 0.5) };
+}
+
+function rotation(rope) {
+  const lists = [rope.plain, rope.scaled].filter(Boolean).map((list) => list.map(Math.log10)), { low, high, scaled } = within(lists);
+  const lines = lists.map((list) => list.map((v, i) => [i / Math.max(1, list.length - 1), scaled(v)]));
+  const caption = `RoPE: tokens for a full turn of each pair of channels, theta ${count(rope.theta)}${rope.scaled ? "; dashed: with its scaling" : ""}`;
+  return plot(lines, caption, ["first pair", `pair ${rope.plain.length}`], [low, high].map((v) => units(10 ** v).trim()));
+}
+
+function bias({ caption, curves }) {
+  const { low, high, scaled } = within(curves.map((points) => points.map(([, v]) => v))), last = curves[0].at(-1)[0];
+  const lines = curves.map((points) => points.map(([distance, v]) => [distance / last, scaled(v)]));
+  return plot(lines, caption, ["0", `${last} tokens back`], [low, high].map((v) => String(Number(v.toPrecision(2)))), { dashed: false });
+}
+
+// What is left of a state, exp(-rate n), over n from 1 to 2^16 tokens on a logarithmic axis.
+function decay({ name, rates, distinct }) {
+  const steps = [...Array(65).keys()].map((i) => i / 64);
+  const lines = rates.map((rate) => steps.map((x) => [x, Math.exp(-rate * 2 ** (16 * x))]));
+  const which = distinct > rates.length ? `${rates.length} of its ${count(distinct)} decays, from the slowest to the fastest` :
+    distinct > 1 ? `a line for each of its ${distinct} decays` : rates[0] ? "all of it decays alike" : "nothing decays, so only writing changes it";
+  return plot(lines, `${name}: what is left of its state after tokens of zeros, before training; ${which}`, ["1 token", "65,536 tokens"], ["0", "1"], { dashed: false });
 }
 
 function maskPicture(mask) {
@@ -417,26 +450,11 @@ function maskPicture(mask) {
   return `<svg class="mask" viewBox="0 0 ${mask.rows.length} ${mask.rows.length}" role="img" aria-label="${mask.name}: queries from top to bottom, keys from left to right">${paths.join("")}</svg>`;
 }
 
-function curves(lists, caption, logarithmic) {
-  const scale = (v) => (logarithmic ? Math.log10(v) : v), all = lists.filter(Boolean).flat().map(scale);
-  const low = Math.min(...all), high = Math.max(...all) + 1e-9;
-  const paths = lists.map((list, n) => {
-    if (!list) return "";
-    const points = list.map((v, i) => `${(52 + (380 * i) / Math.max(1, list.length - 1)).toFixed(1)} ${(110 - (100 * (scale(v) - low)) / (high - low)).toFixed(1)}`);
-    return `<path class="${logarithmic && n ? "second" : ""}" d="M${points.join("L")}"/>`;
-  });
-  const tick = (v) => (logarithmic ? units(10 ** v).trim() : v.toFixed(0));
-  const figure = element("figure", { style: "flex:1 1 260px" });
-  figure.innerHTML = `<svg class="chart" viewBox="0 0 450 118" role="img" aria-label="${caption}"><path class="axis" d="M52 10V110H432"/>${paths.join("")}
-    <text x="46" y="16" text-anchor="end">${tick(high)}</text><text x="46" y="112" text-anchor="end">${tick(low)}</text></svg>`;
-  figure.append(element("figcaption", {}, caption));
-  return figure;
-}
-
 function showResults() {
-  const tables = shown.results.map((row) => {
-    const { page, ...cells } = row;
-    return element("div", {}, element("p", { class: "small" }, element("a", { href: `../../${page}` }, page)), rows(Object.entries(cells)));
+  const tables = shown.results.map(({ page, title, head, rows: lines }) => {
+    const table = rows(lines), link = element("a", { href: `../../${page}` }, page);
+    if (head.length) table.prepend(element("thead", {}, element("tr", {}, ...head.map((name) => (name ? element("th", { scope: "col" }, name) : element("td"))))));
+    return element("div", { class: "result" }, element("p", { class: "small" }, title ? `${title}: ` : "", link), element("div", { class: "rolling", tabindex: "0", role: "region", "aria-label": title || page }, table));
   });
   const printed = element("pre", { tabindex: "0", "aria-label": "Costs as training prints them" }, shown.costs.printed.join("\n"));
   const note = element("p", { class: "small" }, "As a training script prints it, with fp32 weights:");
