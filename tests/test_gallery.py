@@ -1,9 +1,11 @@
 """The gallery: what describe says of unlike models, pictures without overlaps, and a page that tells the truth."""
 
 import functools
+import inspect
 import json
 import math
 import re
+import struct
 import sys
 from itertools import combinations
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 from conftest import tiny_model
 from torch import nn
-from training import script
+from training import MODEL as TINY
+from training import script, train_baseline, write_corpus
 
 from llm.analysis import accounting
-from llm.gallery import catalog, facts, page
+from llm.data.files import open_tokens
+from llm.gallery import catalog, page
 from llm.gallery import describe as describe_module
 from llm.gallery.__main__ import main
 from llm.gallery.catalog import entries, picture
@@ -25,6 +29,7 @@ from llm.gallery.diagram import equation
 from llm.gallery.docstrings import about, date_of
 from llm.gallery.fold import fold
 from llm.gallery.layout import layout
+from llm.gallery.png import INSTALL, find_browser
 from llm.gallery.results import results
 from llm.gallery.scene import Text
 from llm.gallery.svg import draw
@@ -189,8 +194,14 @@ head: Output head (vocab_size 10,000, tied to the token embedding)""",
 
 
 @pytest.fixture(scope="session")
-def diagrams():
-    return {name: picture(entry) for name, entry in ENTRIES.items()}
+def built():
+    """Every picture's model, without memory for its weights."""
+    return {name: entry.build() for name, entry in ENTRIES.items()}
+
+
+@pytest.fixture(scope="session")
+def diagrams(built):
+    return {name: picture(entry, built[name]) for name, entry in ENTRIES.items()}
 
 
 @pytest.fixture(scope="session")
@@ -382,7 +393,8 @@ def test_docstrings_give_idea_equation_paper_blog_and_line():
 @pytest.mark.parametrize(
     "name, date",
     [("gpt2-xl", (2019, 2)), ("llama2-7b", (2023, 7)), ("qwen3-8b", (2025, 5)), ("qwen2.5-3b", (2024, 12)),
-     ("gemma2", (2024, 7)), ("gemma3-1b", (2025, 3)), ("deepseek-v3", (2024, 12)), ("alibi", (2021, 8))],
+     ("gemma2", (2024, 7)), ("gemma3-1b", (2025, 3)), ("deepseek-v3", (2024, 12)),
+     ("kimi-k2", (2025, 7)), ("alibi", (2021, 8))],
 )  # fmt: skip
 def test_a_model_is_dated_by_its_docstring(name, date):
     assert catalog.date(ENTRIES[name]) == date
@@ -399,23 +411,56 @@ def test_what_a_model_changes_of_its_base_class():
     assert catalog.ancestry(ENTRIES["gemma2"].Model).lineage == ("WindowedGemma", "gemma", "Transformer")
 
 
+def test_every_models_docstring_names_its_page():
+    names: dict[str, list[str]] = {}
+    for name, Model in MODELS.items():
+        names.setdefault(Model.__module__, []).append(name)
+    for module, models in names.items():
+        line = "Gallery: docs/gallery/index.html" + ", ".join(f"#{name}" for name in models)
+        doc = inspect.getdoc(sys.modules[module])
+        assert doc.splitlines()[-1] == line, f"the docstring of {module} must end with the line `{line}`"
+
+
+def test_the_table_names_what_a_box_only_holds(diagrams):
+    assert catalog.fields(diagrams["parallel_hybrid"])["mixer"] == "Parallel mixers: Multi-head attention + Mamba 2"
+    assert catalog.fields(diagrams["mamba2"])["ffn"] == "none"
+    assert catalog.idea(MODELS["deepseek_v3"]).endswith("multi-token prediction in training.")
+    assert catalog.idea(MODELS["qwen3"]).endswith("A norm on each query and key head.")
+
+
 # --- figures
 
 
-@pytest.mark.parametrize("name", ["baseline", "gemma2", "switch_transformer", "deepseek-v2-lite", "gpt2"])
-def test_figures_are_those_of_accounting(name, data):
+def test_figures_of_every_model_are_those_of_accounting(data, built):
+    for model in data["models"]:
+        costs, truth = model["costs"], built[model["name"]]
+        assert costs["parameters"] == sum(p.numel() for p in truth.parameters()), model["name"]
+        assert costs["active"] == accounting.active_parameters(truth), model["name"]
+        for k in (0, 3, 10):
+            context = data["contexts"][k]
+            try:
+                counted = accounting.describe(truth, context)
+            except ValueError:  # learned positions end
+                assert context > truth.config.max_seq_len
+                counted = {"flops_per_token": None, "cache_bytes_per_token": None}
+            flops, cache = counted["flops_per_token"], counted["cache_bytes_per_token"]
+            assert costs["flops"][k] == (flops if flops is None else round(flops)), model["name"]
+            assert costs["cache"][k] == (cache if cache is None else cache * context), model["name"]
+
+
+@pytest.mark.parametrize("name", ["baseline", "gemma2", "masked_diffusion", "switch_transformer", "deepseek-v2-lite"])
+def test_the_page_shows_what_training_prints(name, data):
     (model,) = (model for model in data["models"] if model["name"] == name)
-    costs, built = model["costs"], ENTRIES[name].build()
-    for k in (0, 3, 10):
-        context = facts.CONTEXTS[k]
-        if costs["cache"][k] is None:
-            assert name == "gpt2" and context > built.config.max_seq_len
-            continue
-        truth = accounting.describe(built, context)
-        assert (costs["parameters"], costs["active"]) == (truth["parameters"], truth["active_parameters"])
-        assert costs["flops"][k] == round(truth["flops_per_token"])
-        assert costs["cache"][k] == truth["cache_bytes_per_token"] * context
-    assert "\n".join(costs["printed"]) == accounting.summary(built.float())
+    assert "\n".join(model["costs"]["printed"]) == accounting.summary(ENTRIES[name].build().float())
+
+
+def test_a_training_script_prints_this_summary(tmp_path, capsys):
+    data = write_corpus(tmp_path)
+    train_baseline(data, tmp_path / "run", "--steps", 1)
+    sizes = {"vocab_size": open_tokens(data).vocab_size, "d_ff": 64}
+    sizes |= {name.removeprefix("--model.").replace("-", "_"): value for name, value in TINY.items()}
+    Baseline = MODELS["baseline"]
+    assert accounting.summary(Baseline(Baseline.Config(**sizes))) in capsys.readouterr().out
 
 
 def only_training(name):
@@ -437,7 +482,7 @@ def test_the_boxes_of_a_picture_add_up_to_the_model(name, data):
 def test_a_drawn_mask_is_the_mask(data):
     (model,) = (model for model in data["models"] if model["name"] == "sliding_window")
     (mask,) = model["sights"]["masks"]
-    assert mask["name"] == "Window(size=128)" and mask["length"] == 240
+    assert mask["name"] == "Window mask, size 128" and mask["length"] == 240
     rows = mask["rows"]
     assert all(int(row[i]) >= 5 for i, row in enumerate(rows))  # a token sees itself
     assert all(set(row[i + 1 :]) <= {"0"} for i, row in enumerate(rows))  # and nothing later
@@ -529,6 +574,7 @@ def write_runs(file, *runs):
 def test_rows_about_a_model_come_from_the_tables_of_the_docs():
     table = next(table for table in results("qwen3") if table["page"] == "docs/case_studies.md")
     row = dict(table["rows"])
+    assert table["title"] == "Case studies and published weights"
     assert row["norm"] == "RMSNorm, pre, QK-norm" and float(row["parity"]) < 1e-4
 
 
@@ -619,6 +665,29 @@ def test_errors_name_what_there_is(arguments, message):
     out = [] if "--out" in arguments else ["--out", "x.svg"]
     with pytest.raises(SystemExit, match=re.escape(message)):
         main([*arguments, *out])
+
+
+def test_a_size_belongs_to_its_model(capsys):
+    with pytest.raises(SystemExit, match=r"qwen3 has no size 'llama3-8b'; there are qwen3-0.6b, .*--size"):
+        main(["qwen3", "--size", "llama3-8b"])
+    with pytest.raises(SystemExit, match="rope has no size 'llama3-8b'; it is published in none"):
+        main(["rope", "--size", "llama3-8b"])
+
+
+def test_the_page_is_html_and_a_folder_for_a_picture_is_made(tmp_path):
+    with pytest.raises(SystemExit, match=r"x.svg must end in .html"):
+        main(["--out", "x.svg"])
+    main(["qwen3", "--size", "qwen3-8b", "--out", str(tmp_path / "slides" / "qwen3.svg")])
+    assert 'class="part norm' in (tmp_path / "slides" / "qwen3.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(find_browser() is None, reason=f"Chromium is not installed: {INSTALL}")
+def test_a_png_has_two_pixels_for_each_unit_of_the_svg(tmp_path):
+    main(["qwen3", "--vs", "llama", "--out", str(tmp_path / "qwen3.svg")])
+    main(["qwen3", "--vs", "llama", "--out", str(tmp_path / "qwen3.png")])
+    svg, png = (tmp_path / "qwen3.svg").read_text(encoding="utf-8"), (tmp_path / "qwen3.png").read_bytes()
+    width, height = map(float, re.search(r'width="(.+?)" height="(.+?)"', svg).groups())
+    assert struct.unpack(">II", png[16:24]) == (2 * math.ceil(width), 2 * math.ceil(height))
 
 
 def test_a_png_without_a_browser_says_how_to_get_one(tmp_path, monkeypatch):

@@ -96,7 +96,8 @@ def percent(share: float | None) -> str:
 
 
 def rows_of_page(page: Path, name: str) -> Iterator[Table]:
-    """The rows about a model in the Markdown tables of a page, each as a table of its own under the last heading."""
+    """The rows about a model in the Markdown tables of a page, each as a table of its own under the last
+    heading. The first cell, which is the name, is left out."""
     header, heading = [], ""
     for line in page.read_text(encoding="utf-8").splitlines():
         cells = [plain(cell) for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
@@ -105,7 +106,8 @@ def rows_of_page(page: Path, name: str) -> Iterator[Table]:
         if not cells or not header:
             header = cells
         elif cells[0].split(",")[0] == name and len(cells) == len(header):
-            yield {"page": relative(page), "title": heading, "head": [], "rows": list(zip(header, cells, strict=True))}
+            rows = list(zip(header, cells, strict=True))[1:]
+            yield {"page": relative(page), "title": heading, "head": [], "rows": rows}
 
 
 def relative(file: Path) -> str:

@@ -46,7 +46,14 @@ const count = (n) => n.toLocaleString("en-US");
 const tokens = (n) => (n >= 2 ** 20 ? `${n / 2 ** 20} M` : `${n / 1024} K`);
 const dated = ([year, month]) => (month ? `${year}-${String(month).padStart(2, "0")}` : `${year || "unknown"}`);
 const link = (name) => element("a", { href: `#${name}` }, name);
-const text = (value) => (value === null ? "none" : typeof value === "object" ? JSON.stringify(value) : String(value));
+
+function text(value) {
+  if (value === null) return "none";
+  if (Array.isArray(value)) return value.map(text).join(", ");
+  if (typeof value === "object") return Object.entries(value).map(([name, inner]) => `${name} ${text(inner)}`).join(", ");
+  return String(value);
+}
+
 const at = (values, k) => (values && values.length === 1 ? values[0] : values?.[k] ?? null);
 
 function rows(pairs, differs = () => false) {
@@ -130,11 +137,17 @@ function tableRow(m) {
 
 // --- time line and family tree
 
+const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+
 function makeTimeline() {
   const models = [...data.models].sort((a, b) => order(dated(a.date), dated(b.date)));
   const years = groups(models, (m) => m.date[0]);
   for (const [year, members] of years) {
-    const chips = members.map((m) => element("li", { class: m.kind === "ladder" ? "ladder" : "study" }, link(m.name)));
+    const chips = members.map((m) => {
+      const chip = link(m.name);
+      if (m.date[1]) chip.dataset.month = MONTHS[m.date[1] - 1];
+      return element("li", { class: m.kind === "ladder" ? "ladder" : "study" }, chip);
+    });
     $("timeline").append(element("li", {}, element("h3", {}, text(year || "unknown")), element("ul", { class: "chips" }, ...chips)));
   }
 }
@@ -232,6 +245,7 @@ function showPictures() {
 function picture(model, reference) {
   const figure = element("figure");
   figure.innerHTML = model.svg;
+  figure.style.setProperty("--wide", figure.firstElementChild.getAttribute("width"));
   const found = marks(model, reference);
   for (const box of figure.querySelectorAll("[data-part], [data-block]")) {
     const mark = found.get(box.dataset.part ?? `block ${box.dataset.block}`);
@@ -322,7 +336,7 @@ function showDifferences() {
 }
 
 function wiring(model) {
-  return [...new Set(model.blocks.map((block) => block.equation.replaceAll("; ", ", then ")))].join(" | ");
+  return [...new Set(model.blocks.map((block) => block.equation.replaceAll("; ", ", then ").replaceAll("(", "(\u200b")))].join(" | ");
 }
 
 function titled(table, ...names) {
@@ -363,7 +377,8 @@ function showCosts() {
   const beyond = models.filter((m) => context > m.config.max_seq_len).map((m) => `${m.name} was made for ${count(m.config.max_seq_len)} tokens`);
   $("costs").replaceChildren(models.length > 1 ? titled(table, ...models.map((m) => m.name)) : table,
     element("p", { class: "small" }, beyond.length ? `${beyond.join("; ")}: longer contexts show how its costs would grow.` : "Within the context that it was made for."),
-    ...models.map((m) => memory(m, k)), chart(models, "flops", "FLOPs a token", k), chart(models, "cache", "bytes of the cache", k));
+    ...models.map((m) => memory(m, k)),
+    element("div", { class: "sights" }, chart(models, "flops", "FLOPs a token", k), chart(models, "cache", "bytes of the cache", k)));
 }
 
 // Weights and cache in bf16 beside the memory of common accelerators.
@@ -390,14 +405,14 @@ function chart(models, field, name, k) {
 
 // Lines of points [x, y] from 0 to 1, in a frame with a label at both ends of each axis. `now` marks a place.
 function plot(lines, caption, [left, right], [low, high], { now = null, dashed = true } = {}) {
-  const x = (v) => (56 + 380 * v).toFixed(1), y = (v) => (110 - 100 * v).toFixed(1);
+  const x = (v) => (52 + 276 * v).toFixed(1), y = (v) => (110 - 100 * v).toFixed(1);
   const path = (points) => `M${points.map(([a, b]) => `${x(a)} ${y(b)}`).join("L")}`;
   const paths = lines.map((points, n) => (points.length ? `<path class="${n && dashed ? "second" : ""}" d="${path(points)}"/>` : ""));
   const figure = element("figure");
-  figure.innerHTML = `<svg class="chart" viewBox="0 0 450 130" role="img" aria-label="${caption}"><path class="axis" d="M56 10V110H436"/>
+  figure.innerHTML = `<svg class="chart" viewBox="0 0 340 130" role="img" aria-label="${caption}"><path class="axis" d="M52 10V110H328"/>
     ${now === null ? "" : `<path class="now" d="M${x(now)} 10V110"/>`}${paths.join("")}
-    <text x="50" y="17" text-anchor="end">${high}</text><text x="50" y="111" text-anchor="end">${low}</text>
-    <text x="56" y="125">${left}</text><text x="436" y="125" text-anchor="end">${right}</text></svg>`;
+    <text x="46" y="17" text-anchor="end">${high}</text><text x="46" y="111" text-anchor="end">${low}</text>
+    <text x="52" y="125">${left}</text><text x="328" y="125" text-anchor="end">${right}</text></svg>`;
   figure.append(element("figcaption", {}, caption));
   return figure;
 }
@@ -407,7 +422,7 @@ function showSights() {
   for (const mask of masks) {
     const figure = element("figure");
     figure.innerHTML = maskPicture(mask);
-    figure.append(element("figcaption", {}, `${mask.name.replace("()", "")}, the first ${count(mask.length)} tokens`));
+    figure.append(element("figcaption", {}, `${mask.name}, the first ${count(mask.length)} tokens`));
     box.append(figure);
   }
   box.append(...ropes.map(rotation), ...biases.map(bias), ...decays.map(decay));

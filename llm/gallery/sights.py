@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llm.gallery.decay import decays
+from llm.gallery.describe import mask_part
 from llm.gallery.labels import title_of, words
 from llm.gallery.weights import as_drawn, repeatable
 from llm.models.transformer import Transformer
@@ -29,7 +30,8 @@ def sights(model: Transformer) -> dict[str, Any]:
     masks, ropes, biases = {}, {}, {}
     for module in model.modules():
         if isinstance(mask := getattr(module, "mask", None), Mask):
-            masks.setdefault(repr(mask), mask)
+            part = mask_part(mask, "mask")
+            masks.setdefault(", ".join([part.title, *part.facts]), mask)
         if isinstance(module, RoPE):
             ropes.setdefault((module.theta, module.rotary_dim, repr(module.scaling)), module)
         if getattr(module, "score_bias", None) is not None:

@@ -6,6 +6,7 @@
 x' is a mixture of a token and the one before it. The values of the first layer are mixed into those of all others, so
 blocks hand them on beside the stream.
 RWKV-7 "Goose" with Expressive Dynamic State Evolution, arXiv 2503.14456. Blog: Linear attention.
+Gallery: docs/gallery/index.html#rwkv7
 """
 
 from dataclasses import dataclass
