@@ -145,7 +145,7 @@ def test_what_it_sees_and_what_it_does_are_drawn(tab):
     for name, words, lines in (
         ("alibi", "ALiBi, added to the scores", 16),
         ("t5_bias", "before training: each step is a number", 1),
-        ("relative_position", "It depends on the query", 3),
+        ("relative_position", "it depends on the query", 3),
         ("mamba2", "what is left of its state", 16),
     ):
         tab.open(f"{URL}#{name}")

@@ -198,7 +198,8 @@ class Column:
             if u in graph.beside and end.x < start.middle < end.x + end.width:
                 self.scene.lines.append(Line(((start.middle, start.bottom), (start.middle, end.y))))
                 return
-            middle = end.y - GAP / 2
+            row = [places[i] for i in graph.by_rank[graph.ranks[v]]]
+            middle = min(box.y for box in row) - GAP / 2
             bend = ((start.middle, middle), (end.middle, middle)) if abs(start.middle - end.middle) > 1 else ()
             self.scene.lines.append(Line(((start.middle, start.bottom), *bend, (end.middle, end.y))))
             return

@@ -38,7 +38,14 @@ function element(tag, attributes = {}, ...children) {
 function units(value) {
   let prefix = 0;
   while (value >= 999.5 && prefix < 4) { value /= 1000; prefix += 1; }
-  return `${value.toPrecision(3).replace(/\.$/, "")} ${["", "k", "M", "G", "T"][prefix]}`;
+  return `${three(value)} ${["", "k", "M", "G", "T"][prefix]}`;
+}
+
+// Three digits. What lies halfway goes to the even digit as in Python, 4.125 to 4.12, and not up.
+function three(value) {
+  const digits = value.toPrecision(40).replace(".", "").replace(/^0+/, "");
+  const down = /^\d\d[02468]50*$/.test(digits);
+  return (down ? value * (1 - 1e-9) : value).toPrecision(3).replace(/\.$/, "");
 }
 
 const size = (n) => units(n).replace("G", "B").trim(); // of parameters, which are counted in billions
