@@ -16,6 +16,12 @@ window.wide = () => [...document.querySelectorAll("body *")]
   .filter((e) => !e.closest(".scroll, .pictures, pre, svg, .skip") && e.getBoundingClientRect().right > innerWidth + 1)
   .map((e) => e.id || e.className || e.tagName);
 
+// Texts of pictures and charts that are shown in less than 8 pixels.
+window.tiny = () => [...document.querySelectorAll("svg text")].filter((text) => {
+  const svg = text.closest("svg"), scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  return svg.checkVisibility() && parseFloat(getComputedStyle(text).fontSize) * scale < 8;
+}).map((text) => text.textContent);
+
 // What a screen reader would have no name for.
 window.unnamed = () => [...document.querySelectorAll("a, button, input, select, [role], [tabindex='0']")]
   .filter((e) => !(e.textContent.trim() || e.getAttribute("aria-label") || e.labels?.length || e.getAttribute("aria-labelledby")))

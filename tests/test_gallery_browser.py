@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from browser import Browser
 
+from llm.analysis.accounting import units
 from llm.gallery import page
 from llm.gallery.catalog import entries, picture
 from llm.gallery.compare import marks
@@ -78,6 +79,23 @@ def test_two_models_side_by_side_by_a_link_that_can_be_shared(tab):
     assert tab.run("spilled()") == []
 
 
+def test_from_the_table_to_the_differences_of_two_models_in_three_steps(tab):
+    tab.click("#search")
+    tab.type("kimi-k2")
+    tab.click("#table tbody a[href='#kimi-k2']")
+    for other, rows in (
+        ("deepseek-v3", [["n_heads", "64", "128"], ["n_experts", "384", "256"], ["n_dense_layers", "1", "3"]]),
+        ("qwen3-235b-a22b", [["n_experts", "384", "128"], ["d_model", "7168", "4096"]]),
+    ):
+        tab.run(f"$('versus').value = '{other}'; $('versus').dispatchEvent(new Event('change'))")
+        tab.wait(f"$('model-title').textContent === 'kimi-k2 beside {other}'")
+        cells = (
+            "[...document.querySelectorAll('#config tr.differs')].map((r) => [...r.cells].map((c) => c.textContent))"
+        )
+        assert all(row in tab.run(cells) for row in rows)
+    assert tab.run("$('differences').textContent").count("Latent attention") >= 1
+
+
 @pytest.mark.parametrize(
     "name, other", [("qwen3-8b", "llama3.1-8b"), ("gemma2", "baseline"), ("post_norm", "deepseek-v3")]
 )
@@ -101,6 +119,42 @@ def test_a_box_tells_its_equation_its_costs_and_its_source(tab):
     assert any(link.startswith("../../llm/modules/attention/multi_head.py#L") for link in links)
     tab.click(".block")
     assert "x = x + mixer(mixer_norm(x))" in tab.run("$('box').textContent")
+
+
+def test_the_costs_on_the_page_are_written_as_the_scripts_write_them(tab):
+    """For every model and context: the numbers, which test_gallery.py holds to accounting.py, with its `units`."""
+    tab.open(f"{URL}#qwen3-8b")
+    shown = tab.run(
+        "data.models.map((m) => [m.name, [...data.contexts.keys()].map((k) => { shown = m; $('context').value = k; "
+        "showCosts(); return [...document.querySelectorAll('#costs table td')].map((td) => td.textContent); })])"
+    )
+    models = {model["name"]: model["costs"] for model in page.unpack(page.PAGE.read_text(encoding="utf-8"))["models"]}
+    for name, rows in shown:
+        costs = models[name]
+        size, active = (units(costs[key]).replace("G", "B").strip() for key in ("parameters", "active"))
+        for k, row in enumerate(rows):
+            context, cache = 1024 * 2**k, costs["cache"][k]
+            if cache is None:
+                assert row == [size, active, *["no such position"] * 3], name
+                continue
+            held = [f"{units(value)}B" for value in (cache, cache / context)]
+            assert row == [size, active, f"{units(costs['flops'][k])}FLOPs", *held], (name, context)
+
+
+def test_what_it_sees_and_what_it_does_are_drawn(tab):
+    for name, words, lines in (
+        ("alibi", "ALiBi, added to the scores", 16),
+        ("t5_bias", "before training: each step is a number", 1),
+        ("relative_position", "it depends on the query", 3),
+        ("mamba2", "what is left of its state", 16),
+    ):
+        tab.open(f"{URL}#{name}")
+        assert words in tab.run("$('sights').textContent")
+        assert tab.run("document.querySelectorAll('#sights .chart path:not(.axis)').length") == lines
+    tab.run("shown.results = [{ page: 'docs/results/ladder.jsonl', title: 'Trained', head: ['', 'equal FLOPs'], "
+            "rows: [['eval loss', '1.234']] }]; showResults()")  # fmt: skip
+    cells = "[...document.querySelectorAll('#results th, #results td')].map((cell) => cell.textContent)"
+    assert tab.run(cells) == ["", "equal FLOPs", "eval loss", "1.234"]
 
 
 def test_the_slider_moves_the_costs(tab):
@@ -151,6 +205,7 @@ def test_a_phone_shows_all_within_its_width(tab, address):
     tab.open(URL + address)
     assert tab.run("document.documentElement.scrollWidth") <= 390
     assert tab.run("wide()") == []
+    assert tab.run("tiny()") == []
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

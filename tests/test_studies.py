@@ -11,7 +11,8 @@ from training import script, write_corpus
 from llm.analysis import studies
 from llm.analysis.accounting import describe
 from llm.analysis.matching import COSTS, cost, matched
-from llm.analysis.studies import T_95, Run, Study, complete, find, mean_and_error, read_rows, verdict
+from llm.analysis.results import find, read_runs
+from llm.analysis.studies import T_95, Run, Study, complete, mean_and_error, verdict
 from llm.models import MODELS
 
 
@@ -28,7 +29,7 @@ def study(data, tmp_path, monkeypatch):
 
 def test_a_row_has_what_a_reader_needs_to_judge_it(study):
     (row,) = complete(study, [Run("rope", 1e-2, 1, {"initialization": "xavier", "optimizer": "muon"})])
-    assert read_rows(study.rows) == [row]
+    assert read_runs(study.rows) == [row]
     model = study.model_config("rope", initialization="xavier")
     assert row.items() >= describe(MODELS["rope"](model)).items()
     assert [tokens for tokens, _ in row["curve"]] == [64 * step for step in range(9)]
@@ -175,7 +176,7 @@ def test_the_reference_study_writes_table_and_picture(data, tmp_path, monkeypatc
     small = replace(Study("reference", tmp_path / "r.jsonl", data), steps=2, tokens_per_step=64, max_seq_len=32)
     monkeypatch.setattr(reference, "Study", lambda *_: small)
     reference.main(["--quick", "--processes", "1", "--data", str(data), "--out", str(tmp_path / "r.jsonl")])
-    rows = read_rows(tmp_path / "r.jsonl")
+    rows = read_runs(tmp_path / "r.jsonl")
     assert len(rows) == 6 and len(find(rows, model="output_norm")) == 2
     assert "| sandwich_norm | truncated_normal |" in (tmp_path / "r.md").read_text(encoding="utf-8")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

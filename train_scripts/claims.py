@@ -16,7 +16,8 @@ import ladder
 import tyro
 
 from llm.analysis.claims import CLAIMS, Arm, Claim, Probe, Result, Side, judge
-from llm.analysis.studies import Run, Study, complete, find, read_rows
+from llm.analysis.results import find, read_runs
+from llm.analysis.studies import Run, Study, complete
 from llm.console import console
 from llm.files import write_atomically
 
@@ -88,8 +89,8 @@ for accuracies (higher is better). "Holds" and "does not hold here" need a diffe
 (p < 0.05). A claim that loses "little" names its margin and holds where the loss is smaller for certain.
 
 Training runs: {tokens:,} tokens of stories, the ladder's small size, initialisation {init}, rate {rate:g}. Probes:
-`python train_scripts/probe.py --seeds 3`. Long texts: `python train_scripts/extend_context.py`. [Experiments](experiments.md)
-says more about each.
+`python train_scripts/probe.py --seeds 3`. Long texts: `python train_scripts/extend_context.py`. More about each:
+[experiments](experiments.md).
 
 """
 
@@ -105,8 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not a.report:
             runs = {str(run): run for claim in claims for side in (claim.first, claim.second) for run in runs_of(side)}
             complete(study, list(runs.values()), a.processes)
-        rows = {name: read_rows(a.results / f"{name}.jsonl") for name in ("probes", "context")}
-        text = page(claims, study, {"ladder": read_rows(study.rows), **rows})
+        rows = {name: read_runs(a.results / f"{name}.jsonl") for name in ("probes", "context")}
+        text = page(claims, study, {"ladder": read_runs(study.rows), **rows})
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     if not a.quick:

@@ -24,7 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from llm.analysis.length import loss_as_texts_grow, scalings, set_mask, set_scaling, windows_of
-from llm.analysis.studies import find, mean_and_error, opened, read_rows
+from llm.analysis.results import find, read_runs
+from llm.analysis.studies import mean_and_error, opened
 from llm.config import TrainConfig
 from llm.console import console
 from llm.data.files import Data
@@ -147,7 +148,7 @@ def results(name: str, seed: int, a: Arguments, data: Data) -> Iterator[dict]:
 
 def compute(a: Arguments) -> None:
     """Write the lines of the models and seeds that have none."""
-    data, there = opened(a.data), read_rows(a.out)
+    data, there = opened(a.data), read_runs(a.out)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     places = [(name, seed) for seed in range(a.seeds) for name in a.models]
     for name, seed in tqdm(places, unit="model"):
@@ -216,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         a = replace(a, models=("rope", "alibi", "gated_delta_net"), seeds=1, steps=a.steps // 4)
     if not a.report:
         compute(a)
-    rows = find(read_rows(a.out), short=a.short, times=a.times, steps=a.steps)
+    rows = find(read_runs(a.out), short=a.short, times=a.times, steps=a.steps)
     if not rows:
         raise ValueError(f"{a.out} has no rows of {a.steps} steps with --short {a.short}: run without --report first")
     losses = losses_by_way(rows)

@@ -20,7 +20,8 @@ from typing import Literal
 import tyro
 
 from llm.analysis.compare import draw_curves
-from llm.analysis.studies import Run, Study, complete, find, mean_and_error, opened, read_rows, verdict
+from llm.analysis.results import at_best_rate, find, read_runs
+from llm.analysis.studies import Run, Study, complete, mean_and_error, opened, verdict
 from llm.config import TrainConfig
 from llm.console import console
 from llm.files import replacing, write_atomically
@@ -84,7 +85,7 @@ def run_all(a: Arguments, study: Study) -> list[dict]:
     processes = a.processes or (2 if study.small else 1)
     first = [Run(name, rate, 0, a.settings(), a.match) for rate in a.tried_rates() for name in a.models]
     rows = complete(study, first, processes)
-    rates = {name: best_rate(find(rows, model=name)) for name in a.models}
+    rates = {name: next(iter(seeds.values()))["rate"] for name, seeds in at_best_rates(rows).items()}
     more = [Run(name, rates[name], seed, a.settings(), a.match) for seed in range(1, a.seeds) for name in a.models]
     return rows + complete(study, more, processes)
 
@@ -92,22 +93,21 @@ def run_all(a: Arguments, study: Study) -> list[dict]:
 def recorded(a: Arguments, study: Study) -> list[dict]:
     """The rows that such runs left. Raises ValueError where they are of several texts."""
     any_run = study.description(Run("baseline", 0.0, 0, a.settings(), a.match))
-    rows = find(read_rows(study.rows), **{k: v for k, v in any_run.items() if k not in ("model", "rate", "seed")})
+    rows = find(read_runs(study.rows), **{k: v for k, v in any_run.items() if k not in ("model", "rate", "seed")})
     if len({row["data"] for row in rows}) > 1:
         raise ValueError(f"{study.rows} has runs on several texts: run without --report, and with --data")
     return rows
 
 
-def best_rate(rows: list[dict]) -> float:
-    """The rate with the lowest eval loss of the first seed."""
-    losses = {row["rate"]: row["eval_loss"] for row in rows if row["seed"] == 0 and not row["diverged"]}
-    return min(losses, key=losses.__getitem__) if losses else rows[0]["rate"]
+def score(row: dict) -> float:
+    """Higher is better; a run that diverged is the worst."""
+    return float("-inf") if row["diverged"] else -row["eval_loss"]
 
 
-def at_best_rate(rows: list[dict]) -> dict[str, dict[int, dict]]:
+def at_best_rates(rows: list[dict]) -> dict[str, dict[int, dict]]:
     """By model and seed, the rows at the model's best rate, in the order of MODELS."""
     names = [name for name in MODELS if find(rows, model=name)]
-    return {n: {row["seed"]: row for row in find(rows, model=n, rate=best_rate(find(rows, model=n)))} for n in names}
+    return {name: {row["seed"]: row for row in at_best_rate(find(rows, model=name), score)} for name in names}
 
 
 def differences(seeds: dict[int, dict], reference: dict[int, dict]) -> list[float]:
@@ -160,7 +160,7 @@ EXPLANATION = (
 
 def report(rows: list[dict], match: str, out: Path) -> None:
     """Write tables and pictures of the rows with this kind of matching. Models whose loss is a bound stand apart."""
-    models = at_best_rate(rows)
+    models = at_best_rates(rows)
     if "baseline" not in models:
         raise ValueError(f"{out} has no run of the baseline with match {match}: train it first (without --report)")
     quantity = "parameters" if match == "parameters" else "training_flops_per_token"

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from llm.analysis.probes import TASKS, UNDECIDED, draw
-from llm.analysis.studies import read_rows, side_by_side
+from llm.analysis.results import probe_accuracy, read_runs
+from llm.analysis.studies import side_by_side
 from llm.config import TrainConfig
 from llm.console import console
 from llm.files import replacing, write_atomically
@@ -171,22 +172,14 @@ def missing_runs(a: Arguments, found: list[dict]) -> Iterator[dict]:
             yield run
 
 
-def best(runs: list[dict], model: str, task: str, times: str) -> float | None:
-    """The mean over seeds at the rate with the highest accuracy at the trained length."""
-    rates: dict[float, list[dict]] = {}
-    for run in runs:
-        if (run["model"], run["task"]) == (model, task):
-            rates.setdefault(run["rate"], []).append(run["accuracy"])
-    means = [{n: sum(r[n] for r in rows) / len(rows) for n in rows[0]} for rows in rates.values()]
-    return max(means, key=lambda row: row["1"]).get(times) if means else None
-
-
 def report(runs: list[dict], a: Arguments) -> None:
     """Write a Markdown table and a heat map of accuracies, models by tasks, for each length."""
     tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
     models = list(dict.fromkeys(run["model"] for run in runs))
     lines = []
-    tables = {t: [[best(runs, model, task, t) for task in tasks] for model in models] for t in map(str, a.longer)}
+    tables = {
+        t: [[probe_accuracy(runs, model, task, t) for task in tasks] for model in models] for t in map(str, a.longer)
+    }
     for times, values in tables.items():
         lines += [f"Texts of {times} times the trained length, accuracy in percent:", ""]
         lines += ["| model | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
@@ -235,7 +228,7 @@ def run(a: Arguments) -> None:
     if a.out.is_dir():
         raise ValueError(f"{a.out} is a folder: name a file for the runs (--out {a.out / 'probes.jsonl'})")
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    found = read_rows(a.out)
+    found = read_runs(a.out)
     todo = list(missing_runs(a, found))
     for name in {run["model"] for run in todo}:
         make_model(name, 2, a)  # settings that cannot work are refused before anything is trained

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import tyro
 
-from llm.analysis.studies import Run, Study, complete, find, mean_and_error, read_rows
+from llm.analysis.results import find, read_runs
+from llm.analysis.studies import Run, Study, complete, mean_and_error
 from llm.console import console
 from llm.files import replacing, write_atomically
 from llm.modules.initialization import SCHEMES
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         a = replace(a, rates=a.rates[1:2], schemes=("normal", "truncated_normal"), seeds=1)
     study = Study("reference", a.out, a.data)
     try:
-        rows = read_rows(a.out) if a.report else complete(study, runs(a), a.processes)
+        rows = read_runs(a.out) if a.report else complete(study, runs(a), a.processes)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     report(rows, a.out)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llm.analysis.studies import T_95, Run, find, mean_and_error
+from llm.analysis.results import at_best_rate, find
+from llm.analysis.studies import T_95, Run, mean_and_error
 
 SEEDS = 3
 Result = dict[int, float]
@@ -40,10 +41,8 @@ class Probe:
 
     def result(self, rows: list[dict]) -> Result:
         """By seed; nothing where there are no rows."""
-        rates: dict[float, Result] = {}
-        for row in find(rows, model=self.model, task=self.task):
-            rates.setdefault(row["rate"], {})[row["seed"]] = row["accuracy"][str(self.times)]
-        return max(rates.values(), key=lambda result: (len(result), sum(result.values())), default={})
+        runs = at_best_rate(find(rows, model=self.model, task=self.task), lambda run: run["accuracy"]["1"])
+        return {run["seed"]: run["accuracy"][str(self.times)] for run in runs}
 
 
 @dataclass(frozen=True)

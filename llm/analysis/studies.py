@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from llm.analysis.accounting import describe
 from llm.analysis.matching import cost, matched
+from llm.analysis.results import find, read_runs
 from llm.config import ModelConfig, TrainConfig
 from llm.data.files import open_tokens
 from llm.models import MODELS
@@ -98,22 +99,12 @@ class Study:
         )
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The lines of a study's file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def find(rows: Iterable[dict], **values: Any) -> list[dict]:
-    """The rows that have these values."""
-    return [row for row in rows if all(row.get(name) == value for name, value in values.items())]
-
-
 def complete(study: Study, runs: list[Run], processes: int = 1) -> list[dict]:
     """Train the runs that have no line yet, write a line for each, and return the lines of `runs` in order.
 
     Raises ValueError for settings that cannot work, before anything is trained.
     """
-    there = read_rows(study.rows)
+    there = read_runs(study.rows)
     todo = [run for run in runs if not find(there, **study.key(run))]
     for run in todo:
         study.configs(replace(run, match="none"))
@@ -124,7 +115,7 @@ def complete(study: Study, runs: list[Run], processes: int = 1) -> list[dict]:
             file.write(json.dumps(row) + "\n")
         loss = "diverged" if row["diverged"] else f"{row['eval_loss']:.4f}"
         tqdm.write(f"{in_words(run)}: {loss} ({row['seconds']:.0f} s)")
-    there = read_rows(study.rows)
+    there = read_runs(study.rows)
     return [find(there, **study.key(run))[0] for run in runs]
 
 

@@ -7,7 +7,6 @@ python -m llm.gallery qwen3                                        # in words
 """
 
 import difflib
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Annotated, Literal
 import tyro
 
 from llm.console import console
+from llm.files import write_atomically
 from llm.gallery import catalog, page
 from llm.gallery.compare import marks
-from llm.gallery.png import write_png
+from llm.gallery.png import as_png
 from llm.gallery.svg import draw
 
 
@@ -51,26 +51,40 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_page(out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = page.page()
-    out.write_text(text, encoding="utf-8", newline="\n")
-    print(f"{out}: {len(text.encode()):,} bytes, {len(catalog.entries())} pictures")
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out} must end in .html: without a model's name, this writes the page of all models")
+    text = page.page().encode()
+    save(out, text)
+    print(f"{out}: {len(text):,} bytes, {len(catalog.entries())} pictures")
 
 
 def write_picture(flags: Arguments) -> None:
-    diagram = catalog.picture(find(flags.size or flags.model))
+    diagram, other = catalog.picture(chosen(flags)), catalog.picture(find(flags.vs))
     if flags.out is None:
         print(diagram.outline())
         return
     if flags.out.suffix not in (".svg", ".png"):
         raise ValueError(f"--out {flags.out} must end in .svg or .png")
-    svg = draw(diagram, marks(diagram, catalog.picture(find(flags.vs))), flags.theme)
-    if flags.out.suffix == ".svg":
-        flags.out.write_text(svg, encoding="utf-8", newline="\n")
-    else:
-        width, height = (float(value) for value in re.search(r'width="([\d.]+)" height="([\d.]+)"', svg).groups())
-        write_png(svg, flags.out, width, height)
+    svg = draw(diagram, marks(diagram, other), flags.theme)
+    save(flags.out, svg.encode() if flags.out.suffix == ".svg" else as_png(svg))
     print(flags.out)
+
+
+def save(out: Path, content: bytes) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, content)
+
+
+def chosen(flags: Arguments) -> catalog.Entry:
+    """The model, or the size of it that `--size` names."""
+    entry = find(flags.model)
+    if flags.size is None:
+        return entry
+    sizes = {name: size for name, size in catalog.entries().items() if size.family == entry.family and size.published}
+    if flags.size not in sizes:
+        there = f"there are {', '.join(sizes)}" if sizes else "it is published in none"
+        raise ValueError(f"{entry.family} has no size {flags.size!r}; {there} (--size)")
+    return sizes[flags.size]
 
 
 def find(name: str) -> catalog.Entry:

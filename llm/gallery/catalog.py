@@ -67,12 +67,14 @@ def documentation(Model: type[Transformer]) -> str:
 
 def idea(Model: type[Transformer]) -> str:
     """The first sentence of the file, and that of the class where one file has several models."""
-    return " ".join([first_sentence(documentation(Model)), first_sentence(own_doc(Model))]).strip().replace("`", "")
+    several = [other for other in MODELS.values() if other.__module__ == Model.__module__][1:]
+    own = first_sentence(own_doc(Model)) if several else ""
+    return f"{first_sentence(documentation(Model))} {own}".strip().replace("`", "")
 
 
 def date(entry: Entry) -> tuple[int, int]:
     """Year and month in which the model appeared."""
-    name = entry.name.split("-")[0] if entry.published else entry.Model.__name__
+    name = entry.name if entry.published else entry.Model.__name__
     return date_of(name, documentation(entry.Model))
 
 
@@ -87,7 +89,7 @@ def fields(diagram: Diagram) -> dict[str, str]:
         "position": join(positions) or "none",
         "norm": join([*(block.title for _, block in diagram.blocks()), *norms]),
         "mixer": join([*(kind_name(part) for part in tops if part.kind == "mixer"), *masks]),
-        "ffn": join(ffn_name(part) for part in tops if part.kind == "ffn"),
+        "ffn": join(ffn_name(part) for part in tops if part.kind == "ffn") or "none",
     }
 
 
@@ -103,7 +105,10 @@ def position_name(part: Part) -> str:
 
 
 def kind_name(part: Part) -> str:
-    """The title, and the class where it says more: `Grouped-query attention, sinks`."""
+    """The title, and the class where it says more; of mixers side by side the titles of all."""
+    inner = [inner.title for inner in part.parts if inner.kind == "mixer"]
+    if len(inner) > 1 and not part.matrices and not part.facts:
+        return f"{part.title}: {' + '.join(inner)}"
     variant = next((fact for fact in part.facts if fact.endswith("attention")), "")
     qk_norm = any(inner.slot.endswith("k_norm") and "a_norm" not in inner.slot for inner in part.parts)
     extra = [variant.lower()] if variant else ["QK-norm"] if qk_norm else []

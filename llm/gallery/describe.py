@@ -30,7 +30,7 @@ from llm.gallery.labels import (
     title_of,
     words,
 )
-from llm.gallery.wiring import chain, trace
+from llm.gallery.wiring import ALONE, chain, missing_inputs, trace
 from llm.models.transformer import Transformer
 from llm.modules.masks import Mask
 
@@ -40,7 +40,8 @@ SKELETON = ("tok_embed", "blocks", "norm", "lm_head")
 def describe(model: Transformer, name: str = "", subtitle: str = "") -> Diagram:
     """The picture of `model`; it may be on the meta device, since no weight is read."""
     extra = [slot for slot, _ in model.named_children() if slot not in (*SKELETON, *model.training_only)]
-    blocks = [describe_block(block, f"blocks.{i}") for i, block in enumerate(model.blocks)]
+    wired = zip(model.blocks, missing_inputs(model), strict=True)
+    blocks = [describe_block(block, f"blocks.{i}", missing) for i, (block, missing) in enumerate(wired)]
     used_by_embed = names_in(model, "embed")
     held = [part for slot in extra if slot in used_by_embed for part in parts_at(model, slot)]
     free = [part for slot in extra if slot not in used_by_embed for part in parts_at(model, slot)]
@@ -126,9 +127,10 @@ def run_note(model: Transformer) -> str:
     return first_sentence(own_doc(own)) or "the blocks read more than the stream"
 
 
-def describe_block(block: nn.Module, path: str) -> Block:
+def describe_block(block: nn.Module, path: str, missing: frozenset[str] = ALONE) -> Block:
+    """`missing`: the inputs that the model does not give to this block."""
     parts = tuple(parts_of_children(block, "", path))
-    nodes = trace(block)
+    nodes = trace(block, missing)
     return Block(
         title=title_of(block),
         parts=parts,

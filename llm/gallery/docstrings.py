@@ -95,8 +95,10 @@ def date_of(name: str, doc: str) -> tuple[int, int]:
     """Year and month (0: unknown) in which a model appeared, from its docstring: the date or the arXiv id behind the
     first mention of `name` (`qwen2.5`, `Gemma3`), else the first in the text."""
     text = " ".join(doc.split())
-    for spelling in (name, name.partition(".")[0]):
-        loose = re.sub(r"(?<=[A-Za-z])-?(?=\d)", "[ -]?", re.sub(r"(?<=[a-z])(?=V\\d)", "-?", spelling))
+    pieces = name.split("-")
+    whole = ["-".join(pieces[:n]) for n in range(len(pieces), 0, -1)]
+    for spelling in (*whole, pieces[0].partition(".")[0]):
+        loose = re.sub(r"-|(?<=[A-Za-z])(?=\d)|(?<=[a-z])(?=V\d)", "[ -]?", spelling)
         mention = re.compile(rf"\b{loose}\b(?=[ ,]*\(|, arXiv)", re.IGNORECASE)
         for found in mention.finditer(text):
             if date := first_date(text[found.end() : found.end() + 90]):

@@ -164,11 +164,12 @@ class Column:
         """The steps of a block, rank by rank, and the edges between them."""
         places: dict[int, Box] = {0: Box(self.centre, top, 0, 0, "")}
         for rank in graph.by_rank[1:]:
-            width = sum(graph.widths[i] for i in rank) + GAP * (len(rank) - 1)
+            beside = graph.beside.intersection(rank)
+            width = BOX if beside else sum(graph.widths[i] for i in rank) + GAP * (len(rank) - 1)
             x = self.centre - width / 2
             for i in rank:
                 places[i] = self.step(graph, i, x, self.y)
-                x += graph.widths[i] + GAP
+                x += BOX - PILL if beside else graph.widths[i] + GAP  # the stream passes between two inputs
             tallest = max(places[i].height for i in rank)
             for i in rank:  # in the middle of its row
                 if places[i].height < tallest and places[i].style in ("plus", "pill"):
@@ -194,7 +195,11 @@ class Column:
     def edge(self, graph: "Graph", u: int, v: int, places: dict[int, Box]) -> None:
         start, end = places[u], places[v]
         if (u, v) not in graph.lanes:
-            middle = end.y - GAP / 2
+            if u in graph.beside and end.x < start.middle < end.x + end.width:
+                self.scene.lines.append(Line(((start.middle, start.bottom), (start.middle, end.y))))
+                return
+            row = [places[i] for i in graph.by_rank[graph.ranks[v]]]
+            middle = min(box.y for box in row) - GAP / 2
             bend = ((start.middle, middle), (end.middle, middle)) if abs(start.middle - end.middle) > 1 else ()
             self.scene.lines.append(Line(((start.middle, start.bottom), *bend, (end.middle, end.y))))
             return
@@ -217,18 +222,24 @@ class Column:
 
 @dataclass
 class Graph:
-    """The steps of a block by rank, their widths, and the lane of each edge that passes over a rank."""
+    """The steps of a block by rank, their widths, and the lane of each edge that passes over a step of the stream.
+
+    Inputs that come from `beside` the stream have a rank of their own, so that they move nothing else.
+    """
 
     block: Block
 
     def __post_init__(self):
         nodes = self.block.nodes
+        self.beside = {i for i, node in enumerate(nodes) if i and not node.inputs}
         self.ranks = ranks(nodes)
         order = sorted(range(len(nodes)), key=lambda i: (self.ranks[i], i))
         self.by_rank = [list(group) for _, group in groupby(order, key=lambda i: self.ranks[i])]
         self.widths = [self.node_width(node) for node in nodes]
         self.width = max(sum(self.widths[i] for i in row) + GAP * (len(row) - 1) for row in self.by_rank)
-        long = [(u, v) for v, node in enumerate(nodes) for u in node.inputs if self.ranks[v] > self.ranks[u] + 1]
+        edges = [(u, v) for v, node in enumerate(nodes) for u in node.inputs]
+        solid = {self.ranks[i] for i in range(len(nodes)) if i not in self.beside}
+        long = [(u, v) for u, v in edges if solid.intersection(range(self.ranks[u] + 1, self.ranks[v]))]
         self.lanes: dict[tuple[int, int], int] = {}
         for u, v in sorted(long, key=lambda edge: self.ranks[edge[1]] - self.ranks[edge[0]]):
             taken = {lane for edge, lane in self.lanes.items() if self.overlap(edge, (u, v))}
@@ -242,26 +253,30 @@ class Graph:
 
 
 def ranks(nodes: tuple[Node, ...]) -> list[int]:
-    """The longest way to each node; an input beside the stream stands just above its first reader."""
+    """The longest way to each node, counted in twos; an input beside the stream stands between, above its reader."""
     found: list[int] = []
     for node in nodes:
-        found.append(max((found[i] + 1 for i in node.inputs), default=0))
+        found.append(max((found[i] + 2 for i in node.inputs), default=0))
     for i, node in enumerate(nodes):
         if i and not node.inputs:
             found[i] = max(1, min(found[j] for j, other in enumerate(nodes) if i in other.inputs) - 1)
-    for i, node in enumerate(nodes):  # what an input beside the stream pushed down
+    for i, node in enumerate(nodes):  # what only such inputs reach begins below them
         found[i] = max([found[i], *(found[j] + 1 for j in node.inputs)])
     used = sorted(set(found))
     return [used.index(rank) for rank in found]
 
 
 def distinction(block: Block, others: list[Block]) -> list[str]:
-    """What tells a block from the model's other blocks: the title of a part that none of them has in that place."""
+    """What tells a block from the model's other blocks: the title of a part that none of them has in that place, or an
+    input that they do not read."""
     if not others:
         return []
     theirs = {(part.slot, part.title) for other in others for top in other.parts for part in top.walk()}
     own = [part for top in block.parts for part in top.walk() if (part.slot, part.title) not in theirs]
-    return [min(own, key=lambda part: part.slot.count(".")).title] if own else []
+    own = [part for part in own if "," not in part.slot]  # not what only has other neighbours of its kind
+    inputs = {node.label for other in others for node in other.nodes}
+    read = [node.label for node in block.nodes if not node.inputs and node.label not in inputs]
+    return [min(own, key=lambda part: part.slot.count(".")).title] if own else read[:1]
 
 
 def inner_width(part: Part) -> float:

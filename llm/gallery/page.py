@@ -15,6 +15,8 @@ from llm.gallery import catalog, facts
 from llm.gallery.catalog import Entry
 from llm.gallery.diagram import Diagram, equation
 from llm.gallery.docstrings import about
+from llm.gallery.results import results
+from llm.gallery.sights import sights
 from llm.gallery.svg import draw, font_sizes
 from llm.models.transformer import Transformer
 
@@ -82,9 +84,9 @@ def model_data(entry: Entry, model: Transformer, diagram: Diagram) -> dict[str, 
             {"title": block.title, "equation": equation(block), "source": block.source, "times": times}
             for times, block in diagram.blocks()
         ],
-        "sights": facts.sights(model),
+        "sights": sights(model),
         "where": facts.whereabouts(entry.Model, entry.family),
-        "results": facts.results(entry.family),
+        "results": results(entry.family),
         "costs": facts.costs(model),
         **own,
     }

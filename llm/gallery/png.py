@@ -1,5 +1,7 @@
 """A picture as PNG: a browser draws the SVG, since browsers draw text and colours as they are meant."""
 
+import math
+import re
 import shutil
 import subprocess
 import tempfile
@@ -24,16 +26,19 @@ def find_browser() -> str | None:
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
-def write_png(svg: str, out: Path, width: float, height: float, scale: float = 2) -> None:
-    """Raises RuntimeError, with the command that installs one, where there is no browser."""
+def as_png(svg: str, scale: float = 2) -> bytes:
+    """The picture with `scale` pixels for each of its units.
+
+    Raises RuntimeError, with the command that installs one, where there is no browser.
+    """
     browser = find_browser()
     if browser is None:
         raise RuntimeError(f"no browser to draw a PNG with: install Chromium ({INSTALL}), or write an .svg instead")
+    width, height = (math.ceil(float(size)) for size in re.search(r'width="([\d.]+)" height="([\d.]+)"', svg).groups())
     with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "picture.html"
+        page, picture = Path(folder) / "picture.html", Path(folder) / "picture.png"
         page.write_text(f"<body style='margin:0'>{svg}</body>", encoding="utf-8")
-        size = f"--window-size={round(width)},{round(height)}"
-        command = [browser, *FLAGS, f"--user-data-dir={folder}/profile", size, f"--force-device-scale-factor={scale}"]
-        subprocess.run(
-            [*command, f"--screenshot={out.resolve()}", page.as_uri()], check=True, capture_output=True, timeout=120
-        )
+        size = [f"--window-size={width},{height}", f"--force-device-scale-factor={scale}"]
+        command = [browser, *FLAGS, f"--user-data-dir={folder}/profile", *size, f"--screenshot={picture}"]
+        subprocess.run([*command, page.as_uri()], check=True, capture_output=True, timeout=120)
+        return picture.read_bytes()

@@ -38,7 +38,14 @@ function element(tag, attributes = {}, ...children) {
 function units(value) {
   let prefix = 0;
   while (value >= 999.5 && prefix < 4) { value /= 1000; prefix += 1; }
-  return `${value.toPrecision(3).replace(/\.$/, "")} ${["", "k", "M", "G", "T"][prefix]}`;
+  return `${three(value)} ${["", "k", "M", "G", "T"][prefix]}`;
+}
+
+// Three digits. What lies halfway goes to the even digit as in Python, 4.125 to 4.12, and not up.
+function three(value) {
+  const digits = value.toPrecision(40).replace(".", "").replace(/^0+/, "");
+  const down = /^\d\d[02468]50*$/.test(digits);
+  return (down ? value * (1 - 1e-9) : value).toPrecision(3).replace(/\.$/, "");
 }
 
 const size = (n) => units(n).replace("G", "B").trim(); // of parameters, which are counted in billions
@@ -46,7 +53,14 @@ const count = (n) => n.toLocaleString("en-US");
 const tokens = (n) => (n >= 2 ** 20 ? `${n / 2 ** 20} M` : `${n / 1024} K`);
 const dated = ([year, month]) => (month ? `${year}-${String(month).padStart(2, "0")}` : `${year || "unknown"}`);
 const link = (name) => element("a", { href: `#${name}` }, name);
-const text = (value) => (value === null ? "none" : typeof value === "object" ? JSON.stringify(value) : String(value));
+
+function text(value) {
+  if (value === null) return "none";
+  if (Array.isArray(value)) return value.map(text).join(", ");
+  if (typeof value === "object") return Object.entries(value).map(([name, inner]) => `${name} ${text(inner)}`).join(", ");
+  return String(value);
+}
+
 const at = (values, k) => (values && values.length === 1 ? values[0] : values?.[k] ?? null);
 
 function rows(pairs, differs = () => false) {
@@ -130,11 +144,17 @@ function tableRow(m) {
 
 // --- time line and family tree
 
+const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+
 function makeTimeline() {
   const models = [...data.models].sort((a, b) => order(dated(a.date), dated(b.date)));
   const years = groups(models, (m) => m.date[0]);
   for (const [year, members] of years) {
-    const chips = members.map((m) => element("li", { class: m.kind === "ladder" ? "ladder" : "study" }, link(m.name)));
+    const chips = members.map((m) => {
+      const chip = link(m.name);
+      if (m.date[1]) chip.dataset.month = MONTHS[m.date[1] - 1];
+      return element("li", { class: m.kind === "ladder" ? "ladder" : "study" }, chip);
+    });
     $("timeline").append(element("li", {}, element("h3", {}, text(year || "unknown")), element("ul", { class: "chips" }, ...chips)));
   }
 }
@@ -232,6 +252,7 @@ function showPictures() {
 function picture(model, reference) {
   const figure = element("figure");
   figure.innerHTML = model.svg;
+  figure.style.setProperty("--wide", figure.firstElementChild.getAttribute("width"));
   const found = marks(model, reference);
   for (const box of figure.querySelectorAll("[data-part], [data-block]")) {
     const mark = found.get(box.dataset.part ?? `block ${box.dataset.block}`);
@@ -322,7 +343,7 @@ function showDifferences() {
 }
 
 function wiring(model) {
-  return [...new Set(model.blocks.map((block) => block.equation.replaceAll("; ", ", then ")))].join(" | ");
+  return [...new Set(model.blocks.map((block) => block.equation.replaceAll("; ", ", then ").replaceAll("(", "(\u200b")))].join(" | ");
 }
 
 function titled(table, ...names) {
@@ -363,7 +384,8 @@ function showCosts() {
   const beyond = models.filter((m) => context > m.config.max_seq_len).map((m) => `${m.name} was made for ${count(m.config.max_seq_len)} tokens`);
   $("costs").replaceChildren(models.length > 1 ? titled(table, ...models.map((m) => m.name)) : table,
     element("p", { class: "small" }, beyond.length ? `${beyond.join("; ")}: longer contexts show how its costs would grow.` : "Within the context that it was made for."),
-    ...models.map((m) => memory(m, k)), chart(models, "flops", "FLOPs a token", k), chart(models, "cache", "bytes of the cache", k));
+    ...models.map((m) => memory(m, k)),
+    element("div", { class: "sights" }, chart(models, "flops", "FLOPs a token", k), chart(models, "cache", "bytes of the cache", k)));
 }
 
 // Weights and cache in bf16 beside the memory of common accelerators.
@@ -382,32 +404,65 @@ function memory(model, k) {
 function chart(models, field, name, k) {
   const values = models.map((m) => data.contexts.map((_, i) => at(m.costs[field], i)));
   const logs = values.flat().filter((v) => v).map(Math.log10), low = Math.floor(Math.min(...logs)), high = Math.ceil(Math.max(...logs) + 0.01);
-  const x = (i) => 52 + i * 38, y = (v) => 110 - (100 * (Math.log10(v) - low)) / (high - low);
-  const lines = values.map((list, n) => {
-    const points = list.map((v, i) => (v ? `${x(i)} ${y(v).toFixed(1)}` : null)).filter(Boolean);
-    return points.length ? `<path class="${n ? "second" : ""}" d="M${points.join("L")}"/>` : "";
-  });
-  const figure = element("figure", { style: "margin:0" });
-  figure.innerHTML = `<svg class="chart" viewBox="0 0 450 132" role="img" aria-label="${name} from 1 K to 1 M tokens">
-    <path class="axis" d="M52 10V110H432"/><path class="now" d="M${x(k)} 10V110"/>${lines.join("")}
-    <text x="46" y="16" text-anchor="end">${units(10 ** high).replace(".00", "")}</text><text x="46" y="112" text-anchor="end">${units(10 ** low).replace(".00", "")}</text>
-    <text x="52" y="127">1 K</text><text x="432" y="127" text-anchor="end">1 M tokens</text></svg>`;
-  figure.append(element("figcaption", { class: "small" }, name));
+  const last = data.contexts.length - 1;
+  const lines = values.map((list) => list.flatMap((v, i) => (v ? [[i / last, (Math.log10(v) - low) / (high - low)]] : [])));
+  const power = (n) => units(10 ** n).replace(".00", "").trim();
+  return plot(lines, `${name}, from 1 K to 1 M tokens`, ["1 K", "1 M tokens"], [power(low), power(high)], { now: k / last });
+}
+
+// Lines of points [x, y] from 0 to 1, in a frame with a label at both ends of each axis. `now` marks a place.
+function plot(lines, caption, [left, right], [low, high], { now = null, dashed = true } = {}) {
+  const x = (v) => (52 + 276 * v).toFixed(1), y = (v) => (110 - 100 * v).toFixed(1);
+  const path = (points) => `M${points.map(([a, b]) => `${x(a)} ${y(b)}`).join("L")}`;
+  const paths = lines.map((points, n) => (points.length ? `<path class="${n && dashed ? "second" : ""}" d="${path(points)}"/>` : ""));
+  const figure = element("figure");
+  figure.innerHTML = `<svg class="chart" viewBox="0 0 340 130" role="img" aria-label="${caption}"><path class="axis" d="M52 10V110H328"/>
+    ${now === null ? "" : `<path class="now" d="M${x(now)} 10V110"/>`}${paths.join("")}
+    <text x="46" y="17" text-anchor="end">${high}</text><text x="46" y="111" text-anchor="end">${low}</text>
+    <text x="52" y="125">${left}</text><text x="328" y="125" text-anchor="end">${right}</text></svg>`;
+  figure.append(element("figcaption", {}, caption));
   return figure;
 }
 
 function showSights() {
-  const box = element("div", { class: "sights" }), { masks, ropes, biases } = shown.sights;
+  const box = element("div", { class: "sights" }), { masks, ropes, biases, decays } = shown.sights;
   for (const mask of masks) {
     const figure = element("figure");
     figure.innerHTML = maskPicture(mask);
-    figure.append(element("figcaption", {}, `${mask.name.replace("()", "")}, the first ${count(mask.length)} tokens`));
+    figure.append(element("figcaption", {}, `${mask.name}, the first ${count(mask.length)} tokens`));
     box.append(figure);
   }
-  for (const rope of ropes) box.append(curves([rope.plain, rope.scaled], `RoPE: tokens for a full turn of each pair, theta ${count(rope.theta)}${rope.scaled ? "; dashed: with its scaling" : ""}`, true));
-  for (const bias of biases) box.append(curves(bias, "Bias of the scores by distance, 0 to 255, a line for each head", false));
+  box.append(...ropes.map(rotation), ...biases.map(bias), ...decays.map(decay));
   if (!box.childElementCount) box.append("Its mixers have no mask and no rotation: what a token sees is in their state.");
   $("sights").replaceChildren(box);
+}
+
+// `scaled` from 0 to 1 between the smallest and the largest of all values.
+function within(lists) {
+  const all = lists.flat(), low = Math.min(...all), high = Math.max(...all);
+  return { low, high, scaled: (v) => (high > low ? (v - low) / (high - low) : 0.5) };
+}
+
+function rotation(rope) {
+  const lists = [rope.plain, rope.scaled].filter(Boolean).map((list) => list.map(Math.log10)), { low, high, scaled } = within(lists);
+  const lines = lists.map((list) => list.map((v, i) => [i / Math.max(1, list.length - 1), scaled(v)]));
+  const caption = `RoPE: tokens for a full turn of each pair of channels, theta ${count(rope.theta)}${rope.scaled ? "; dashed: with its scaling" : ""}`;
+  return plot(lines, caption, ["first pair", `pair ${rope.plain.length}`], [low, high].map((v) => units(10 ** v).trim()));
+}
+
+function bias({ caption, curves }) {
+  const { low, high, scaled } = within(curves.map((points) => points.map(([, v]) => v))), last = curves[0].at(-1)[0];
+  const lines = curves.map((points) => points.map(([distance, v]) => [distance / last, scaled(v)]));
+  return plot(lines, caption, ["0", `${last} tokens back`], [low, high].map((v) => String(Number(v.toPrecision(2)))), { dashed: false });
+}
+
+// What is left of a state, exp(-rate n), over n from 1 to 2^16 tokens on a logarithmic axis.
+function decay({ name, rates, distinct }) {
+  const steps = [...Array(65).keys()].map((i) => i / 64);
+  const lines = rates.map((rate) => steps.map((x) => [x, Math.exp(-rate * 2 ** (16 * x))]));
+  const which = distinct > rates.length ? `${rates.length} of its ${count(distinct)} decays, from the slowest to the fastest` :
+    distinct > 1 ? `a line for each of its ${distinct} decays` : rates[0] ? "all of it decays alike" : "nothing decays, so only writing changes it";
+  return plot(lines, `${name}: what is left of its state after tokens of zeros, before training; ${which}`, ["1 token", "65,536 tokens"], ["0", "1"], { dashed: false });
 }
 
 function maskPicture(mask) {
@@ -417,26 +472,11 @@ function maskPicture(mask) {
   return `<svg class="mask" viewBox="0 0 ${mask.rows.length} ${mask.rows.length}" role="img" aria-label="${mask.name}: queries from top to bottom, keys from left to right">${paths.join("")}</svg>`;
 }
 
-function curves(lists, caption, logarithmic) {
-  const scale = (v) => (logarithmic ? Math.log10(v) : v), all = lists.filter(Boolean).flat().map(scale);
-  const low = Math.min(...all), high = Math.max(...all) + 1e-9;
-  const paths = lists.map((list, n) => {
-    if (!list) return "";
-    const points = list.map((v, i) => `${(52 + (380 * i) / Math.max(1, list.length - 1)).toFixed(1)} ${(110 - (100 * (scale(v) - low)) / (high - low)).toFixed(1)}`);
-    return `<path class="${logarithmic && n ? "second" : ""}" d="M${points.join("L")}"/>`;
-  });
-  const tick = (v) => (logarithmic ? units(10 ** v).trim() : v.toFixed(0));
-  const figure = element("figure", { style: "flex:1 1 260px" });
-  figure.innerHTML = `<svg class="chart" viewBox="0 0 450 118" role="img" aria-label="${caption}"><path class="axis" d="M52 10V110H432"/>${paths.join("")}
-    <text x="46" y="16" text-anchor="end">${tick(high)}</text><text x="46" y="112" text-anchor="end">${tick(low)}</text></svg>`;
-  figure.append(element("figcaption", {}, caption));
-  return figure;
-}
-
 function showResults() {
-  const tables = shown.results.map((row) => {
-    const { page, ...cells } = row;
-    return element("div", {}, element("p", { class: "small" }, element("a", { href: `../../${page}` }, page)), rows(Object.entries(cells)));
+  const tables = shown.results.map(({ page, title, head, rows: lines }) => {
+    const table = rows(lines), link = element("a", { href: `../../${page}` }, page);
+    if (head.length) table.prepend(element("thead", {}, element("tr", {}, ...head.map((name) => (name ? element("th", { scope: "col" }, name) : element("td"))))));
+    return element("div", { class: "result" }, element("p", { class: "small" }, title ? `${title}: ` : "", link), element("div", { class: "rolling", tabindex: "0", role: "region", "aria-label": title || page }, table));
   });
   const printed = element("pre", { tabindex: "0", "aria-label": "Costs as training prints them" }, shown.costs.printed.join("\n"));
   const note = element("p", { class: "small" }, "As a training script prints it, with fp32 weights:");

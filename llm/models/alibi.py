@@ -4,6 +4,7 @@
 
 Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation, arXiv 2108.12409.
 Blog: Position encoding, ALiBi.
+Gallery: docs/gallery/index.html#alibi
 """
 
 from torch import nn

@@ -3,6 +3,7 @@
     a_ij = exp(s_ij) / (exp(sink_h) + sum_j' exp(s_ij'))        the baseline: without exp(sink_h)
 
 gpt-oss-120b & gpt-oss-20b Model Card, arXiv 2508.10925. Blog: Attention, attention sinks.
+Gallery: docs/gallery/index.html#attention_sink
 """
 
 from torch import nn

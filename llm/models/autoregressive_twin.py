@@ -8,6 +8,7 @@ shows what writing in any order costs. Beside the baseline, it shows what it cos
 token before it and has to find it by attention.
 
 Block Diffusion (BD3-LM), arXiv 2503.09573, section 3.1. Blog: Diffusion.
+Gallery: docs/gallery/index.html#autoregressive_twin
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ Sinusoidal positions PE, multi-head attention, a GELU feed-forward layer, RMSNor
 before the head, which shares its matrix E with the token embedding.
 
 Attention Is All You Need, arXiv 1706.03762; decoder-only as in GPT-2. Blog: Overview.
+Gallery: docs/gallery/index.html#baseline
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@
 
 In its own block, a token sees what came before it. In the baseline, block i sees all j <= i.
 Big Bird: Transformers for Longer Sequences, arXiv 2007.14062, with causal order. Blog: Attention, sparse attention.
+Gallery: docs/gallery/index.html#big_bird
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ each token goes through the blocks twice. In writing, finished blocks are kept i
 cannot do. Blocks of one token are the autoregressive objective, and one block for the whole text is masked diffusion.
 
 Block Diffusion (BD3-LM), arXiv 2503.09573. Blog: Diffusion.
+Gallery: docs/gallery/index.html#block_diffusion
 """
 
 from collections.abc import Callable, Iterator

@@ -3,6 +3,7 @@
     a query sees its own block and the top k - 1 earlier ones by q . mean(keys)        the baseline: all of them
 
 MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189. Blog: Attention, learned sparse attention.
+Gallery: docs/gallery/index.html#block_mixture
 """
 
 from dataclasses import dataclass

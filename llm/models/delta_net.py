@@ -7,6 +7,7 @@ Linear attention: S_t = S_{t-1} + k_t v_t^T, where values of the same key pile u
 short convolution precedes them. With max_beta = 2 the state can also flip signs (negative eigenvalues). Parallelizing
 Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484; Unlocking State-Tracking in Linear RNNs
 Through Negative Eigenvalues, arXiv 2411.12537. Blog: Linear attention.
+Gallery: docs/gallery/index.html#delta_net
 """
 
 from dataclasses import dataclass

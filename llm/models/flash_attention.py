@@ -8,6 +8,7 @@ the same algorithm. This one runs the loops of llm/modules/attention/flash.py in
 and is therefore slower.
 
 FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691. Blog: Attention, FlashAttention.
+Gallery: docs/gallery/index.html#flash_attention
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@
 The gate adds d_model x d_model parameters to each layer.
 Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free, arXiv 2505.06708.
 Blog: Attention; case studies (Qwen3-Next).
+Gallery: docs/gallery/index.html#gated_attention
 """
 
 from torch import nn

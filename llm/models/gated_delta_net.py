@@ -6,6 +6,7 @@ DeltaNet: d_t = 1, so each old key must be overwritten by itself. d_t is Mamba-2
 gate multiplies the output. Queries and keys are half as wide as values, which makes room for the gate. Gated Delta
 Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464; three of four layers of Qwen3-Next. Blog: Linear
 attention.
+Gallery: docs/gallery/index.html#gated_delta_net
 """
 
 from torch import nn

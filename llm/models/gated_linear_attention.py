@@ -5,6 +5,7 @@
 Gate and norm are those of RetNet. The baseline: softmax attention. Queries and keys are half as wide as values, which
 makes room for the gates.
 Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635. Blog: Linear attention.
+Gallery: docs/gallery/index.html#gated_linear_attention
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@
 It lies between multi-head attention, with as many groups as heads, and multi-query attention, with one: nearly the
 quality of the first at nearly the cache of the second. GQA: Training Generalized Multi-Query Transformer Models from
 Multi-Head Checkpoints, arXiv 2305.13245. Blog: Attention, GQA and MQA.
+Gallery: docs/gallery/index.html#grouped_query
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ a fourth of the layers keeps a fourth of the cache. The recurrent layers know th
 added to the embedding. The ratio is that of Qwen3-Next and Kimi Linear (arXiv 2510.26692).
 Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464, section 3.4.
 Blog: State-space models, hybrids.
+Gallery: docs/gallery/index.html#hybrid
 """
 
 from dataclasses import dataclass

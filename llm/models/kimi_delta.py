@@ -5,6 +5,7 @@
 Gated DeltaNet: one d_t for a whole head. The decays and the sigmoid gate of the output are read from the token by
 matrices of low rank. Kimi Linear: An Expressive, Efficient Attention Architecture, arXiv 2510.26692. Blog: Linear
 attention.
+Gallery: docs/gallery/index.html#kimi_delta
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ MLA has its own position signal, a rotated slice of queries and keys beside the 
 be absorbed into the query. The sinusoids would be a second signal, so the model starts from `nope`.
 
 DeepSeek-V2, arXiv 2405.04434, section 2.1. Blog: Attention, MLA.
+Gallery: docs/gallery/index.html#latent
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@
 
 RMSNorm leaves out the mean and the shift at little or no cost in quality, so models since LLaMA use it.
 Layer Normalization, arXiv 1607.06450. Blog: Normalization, LayerNorm.
+Gallery: docs/gallery/index.html#layer_norm
 """
 
 from dataclasses import dataclass

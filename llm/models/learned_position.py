@@ -6,6 +6,7 @@ The sum is scaled, not the token alone: P has a deviation of 0.02 at the start, 
 the default width, beside 1 for a token. A position beyond the table is an error.
 
 Convolutional Sequence to Sequence Learning, arXiv 1705.03122; GPT-2. Blog: Position encoding, learned.
+Gallery: docs/gallery/index.html#learned_position
 """
 
 from torch import Tensor

@@ -6,6 +6,7 @@ with phi(x) = elu(x) + 1. The baseline: softmax(q_t . k_j / sqrt(d)) over all ea
 costs the same however long the text is. The order of the tokens is known only from what the state held when each was
 read. Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, arXiv 2006.16236. Blog: Linear
 attention.
+Gallery: docs/gallery/index.html#linear_attention
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ The sizes are those of mixture_of_experts, so the two differ in the router only.
 
 Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv 2408.15664; in DeepSeek-V3, arXiv 2412.19437.
 Blog: FFN and MoE, load balance.
+Gallery: docs/gallery/index.html#loss_free_balancing
 """
 
 from dataclasses import dataclass

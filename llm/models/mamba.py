@@ -7,6 +7,7 @@
 A layer widens the stream twofold and gates it, so it does a feed-forward layer's work, too. It has half of the
 parameters of the baseline's block, hence twice as many blocks. Mamba: Linear-Time Sequence Modeling with Selective
 State Spaces, arXiv 2312.00752. Blog: State-space models.
+Gallery: docs/gallery/index.html#mamba
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ products.
 Mamba: h_t = exp(dt_t A) * h_{t-1} + dt_t u_t B_t. The simpler decay affords eight times the state.
 Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality,
 arXiv 2405.21060. Blog: State-space models.
+Gallery: docs/gallery/index.html#mamba2
 """
 
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ loss is a bound on the likelihood, so the model may be better than its number. I
 tokens, in any order instead of one, and so needs several times as many tokens as the baseline to write as well.
 
 LLaDA, arXiv 2502.09992; MDLM, arXiv 2406.07524. Blog: Diffusion.
+Gallery: docs/gallery/index.html#masked_diffusion
 """
 
 from torch import nn

@@ -7,6 +7,7 @@ work for a token is that of the baseline and of the router, with (16 + 1) / 4 = 
 
 Top-k with weights that sum to 1: Mixtral of Experts, arXiv 2401.04088. Shared and fine-grained experts: DeepSeekMoE,
 arXiv 2401.06066. Blog: FFN and MoE.
+Gallery: docs/gallery/index.html#mixture_of_experts
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@
 
 The cache shrinks by the number of heads, and with it the memory that each generated token must read.
 Fast Transformer Decoding: One Write-Head is All You Need, arXiv 1911.02150. Blog: Attention, GQA and MQA.
+Gallery: docs/gallery/index.html#multi_query
 """
 
 from torch import nn

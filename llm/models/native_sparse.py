@@ -4,6 +4,7 @@
 
 Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, arXiv 2502.11089.
 Blog: Attention, learned sparse attention.
+Gallery: docs/gallery/index.html#native_sparse
 """
 
 from dataclasses import dataclass

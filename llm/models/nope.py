@@ -4,6 +4,7 @@
 
 The Impact of Positional Encoding on Length Generalization in Transformers, arXiv 2305.19466.
 Blog: Position encoding, none.
+Gallery: docs/gallery/index.html#nope
 """
 
 from torch import Tensor

@@ -4,6 +4,7 @@
 
 Half of sandwich norm: it bounds what a layer adds, without a norm at the layer's input.
 2 OLMo 2 Furious, arXiv 2501.00656, where it replaced pre-norm for stability. Blog: Normalization, sandwich norm.
+Gallery: docs/gallery/index.html#output_norm
 """
 
 from torch import nn

@@ -5,6 +5,7 @@
 Their first projections share one input, so a fused kernel computes both at once, and a sharded model synchronises once
 a block instead of twice. The feed-forward layer no longer reads what its own block's attention added.
 PaLM: Scaling Language Modeling with Pathways, arXiv 2204.02311, section 2; first in GPT-J. Blog: Normalization.
+Gallery: docs/gallery/index.html#parallel_block
 """
 
 from torch import nn

@@ -5,6 +5,7 @@
 Attention looks details up, the state sums the text up, and each token can use both. By default each has half of the
 parameters of the baseline's attention. Falcon-H1: A Family of Hybrid-Head Language Models, arXiv 2507.22448.
 Blog: State-space models, hybrids.
+Gallery: docs/gallery/index.html#parallel_hybrid
 """
 
 from dataclasses import dataclass

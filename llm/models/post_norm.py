@@ -6,6 +6,7 @@ Every path from embedding to head passes through norms, so the scale of the grad
 first steps can diverge, so use a longer warm-up (`--warmup-steps`) than for the pre-norm baseline.
 Attention Is All You Need, arXiv 1706.03762; On Layer Normalization in the Transformer Architecture, arXiv 2002.04745.
 Blog: Normalization, pre- and post-norm.
+Gallery: docs/gallery/index.html#post_norm
 """
 
 from torch import nn

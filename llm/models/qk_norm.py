@@ -7,6 +7,7 @@ Most models normalise per head, as here (Qwen3, Gemma 3); llm/modules/attention/
 
 Query-Key Normalization for Transformers, arXiv 2010.04245; Scaling Vision Transformers to 22 Billion Parameters, arXiv
 2302.05442. Blog: Normalization, QK-norm.
+Gallery: docs/gallery/index.html#qk_norm
 """
 
 from functools import partial

@@ -6,6 +6,7 @@ R_n is the sinusoidal vector of distance n; W_r and, for each head, u and v are 
 
 Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context, arXiv 1901.02860.
 Blog: Position encoding, relative.
+Gallery: docs/gallery/index.html#relative_position
 """
 
 from torch import nn

@@ -5,6 +5,7 @@
 Queries and keys are rotated as in RoPE. The baseline: softmax attention. Values and gate are twice as wide as queries
 and keys, and the feed-forward layer half as wide as the baseline's, as in the paper. Retentive Network: A Successor to
 Transformer for Large Language Models, arXiv 2307.08621. Blog: Linear attention.
+Gallery: docs/gallery/index.html#retnet
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@
 R_p rotates channels c and c + d/2 of a head, as a pair, by p theta^(-2c / d). Positions enter only as j - i.
 
 RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv 2104.09864. Blog: Position encoding, RoPE.
+Gallery: docs/gallery/index.html#rope
 """
 
 from dataclasses import dataclass

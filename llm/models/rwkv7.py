@@ -6,6 +6,7 @@
 x' is a mixture of a token and the one before it. The values of the first layer are mixed into those of all others, so
 blocks hand them on beside the stream.
 RWKV-7 "Goose" with Expressive Dynamic State Evolution, arXiv 2503.14456. Blog: Linear attention.
+Gallery: docs/gallery/index.html#rwkv7
 """
 
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class RWKV7(NoPEDecoder):
         return RWKVBlock(self.make_mixer(layer), self.make_ffn(layer), self.make_norm)
 
     def run_blocks(self, x: Tensor, positions: Tensor, layers: list[dict | None], tokens: Tensor) -> Tensor:
+        """The values of the first layer go beside the stream to all other layers."""
         v_first = None
         for block, layer_cache in zip(self.blocks, layers, strict=True):
             x, v_first = block(x, positions, layer_cache, v_first)

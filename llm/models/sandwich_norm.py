@@ -5,6 +5,7 @@
 The stream itself is not normalised, as in pre-norm, but the second norm bounds what a single layer adds to it.
 CogView: Mastering Text-to-Image Generation via Transformers, arXiv 2105.13290; Gemma 2, arXiv 2408.00118.
 Blog: Normalization, sandwich norm.
+Gallery: docs/gallery/index.html#sandwich_norm
 """
 
 from torch import nn

@@ -6,6 +6,7 @@ Cost and cache stop growing with the text. Information moves one window further 
 depends on the last L windows.
 Longformer: The Long-Document Transformer, arXiv 2004.05150; Mistral 7B, arXiv 2310.06825.
 Blog: Attention, sparse attention.
+Gallery: docs/gallery/index.html#sliding_window
 """
 
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
     score(i, j) = c tanh(s / c), s = q_i . k_j / sqrt(d)        the baseline: s
 
 Gemma 2: Improving Open Language Models at a Practical Size, arXiv 2408.00118. Blog: Attention; case studies.
+Gallery: docs/gallery/index.html#soft_capping
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ it sees the last `n_summary` tokens of every block; the last of them has read it
 two layers reach every finished block, and with a stride of sqrt(T) a query sees about sqrt(T) or n_summary sqrt(T)
 keys, not T. The paper uses the patterns in alternate layers (as here), in different heads, or merged in one head.
 Generating Long Sequences with Sparse Transformers, arXiv 1904.10509. Blog: Attention, sparse attention.
+Gallery: docs/gallery/index.html#sparse
 """
 
 from dataclasses import dataclass

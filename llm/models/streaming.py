@@ -4,6 +4,7 @@
 
 Beside `sliding_window` it shows what the first tokens are worth. Efficient Streaming Language Models with Attention
 Sinks, arXiv 2309.17453. Blog: Attention, attention sinks.
+Gallery: docs/gallery/index.html#streaming
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@
 
 `d_ff` stays the width of the layer that is replaced; the gated one is 2/3 as wide.
 GLU Variants Improve Transformer, arXiv 2002.05202; the choice of LLaMA, arXiv 2302.13971. Blog: Activations, GLU.
+Gallery: docs/gallery/index.html#swiglu
 """
 
 from torch import nn

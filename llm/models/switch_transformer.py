@@ -5,6 +5,7 @@ and one of them for each token. The parameters grow, the work for a token stays.
 
 Switch Transformers, arXiv 2101.03961 (there every other layer); the z loss: ST-MoE, arXiv 2202.08906.
 Blog: FFN and MoE, Switch.
+Gallery: docs/gallery/index.html#switch_transformer
 """
 
 from dataclasses import dataclass

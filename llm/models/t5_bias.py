@@ -4,6 +4,7 @@
 
 As in T5, scores are not divided by sqrt(d). Exploring the Limits of Transfer Learning with a Unified Text-to-Text
 Transformer, arXiv 1910.10683. Blog: Position encoding, relative.
+Gallery: docs/gallery/index.html#t5_bias
 """
 
 from dataclasses import dataclass

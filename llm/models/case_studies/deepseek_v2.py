@@ -5,6 +5,7 @@ and combined it with the experts of DeepSeekMoE: many narrow ones, two that ever
 Each token may use the experts of a few groups only, so it needs few machines; a loss balances the experts. YaRN extends
 the context to 128K tokens; DeepSeek applies YaRN's temperature in the scale of the scores.
 Blog: Case studies, DeepSeek.
+Gallery: docs/gallery/index.html#deepseek_v2
 """
 
 from dataclasses import dataclass, field

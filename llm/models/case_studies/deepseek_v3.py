@@ -2,7 +2,9 @@
 
 DeepSeek-V3 (December 2024, arXiv 2412.19437) balances experts by a bias that changes which experts are chosen but not
 their weights. It scores each expert by its own sigmoid, and in training predicts more than one token. Its weights were
-trained and are published in FP8. DeepSeek-R1 is the same model trained further. Blog: Case studies, DeepSeek.
+trained and are published in FP8. DeepSeek-R1 is the same model trained further. Kimi K2 (July 2025, arXiv 2507.20534)
+has half as many heads, half as many experts again, in one group, and one dense layer. Blog: Case studies, DeepSeek.
+Gallery: docs/gallery/index.html#deepseek_v3
 """
 
 from dataclasses import dataclass

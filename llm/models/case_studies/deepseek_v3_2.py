@@ -4,6 +4,7 @@ DeepSeek-V3.2 (December 2025, arXiv 2512.02556) adds DeepSeek Sparse Attention t
 scores all earlier tokens, and each layer's latent attention reads the best 2,048 of them. Training goes on from V3:
 first only the indexer learns, beside dense attention (`index_warmup`), then everything, with the choice in place.
 Published weights have no prediction module that transformers reads. Blog: Case studies, DeepSeek.
+Gallery: docs/gallery/index.html#deepseek_v3_2
 """
 
 from dataclasses import dataclass

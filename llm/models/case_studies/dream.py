@@ -3,6 +3,7 @@
 Dream 7B (Ye et al., August 2025, arXiv 2508.15487) starts from the weights of Qwen2.5 7B, which saves most of the
 training that LLaDA needed. To keep what those weights know, the output at place i - 1 still predicts token i, as in a
 decoder; only the causal mask is gone. Blog: Case studies; Diffusion.
+Gallery: docs/gallery/index.html#dream
 """
 
 from dataclasses import dataclass

@@ -14,6 +14,7 @@ Gemma 3 (March 2025, arXiv 2503.19786) is built for long contexts: five local la
 each global one, so that few layers cache every key. Local layers rotate by the old base of 10,000, global ones by
 1,000,000, in the larger models interpolated by 8. A norm on each query and key head replaces the caps. The models from
 4B on see images, too; text-only checkpoints are 270M and 1B. Blog: Case studies, Gemma.
+Gallery: docs/gallery/index.html#gemma, #gemma2, #gemma3
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ has 355 B parameters, 32 B of them active; GLM-4.5-Air has 106 B and 12 B. The r
 a bias that balances, one shared expert. Attention is not latent but grouped, with 96 heads of 128 channels on a stream
 of 4,096 or 5,120, biases on queries, keys and values, and RoPE on half of each head. The large model normalises query
 and key heads. The prediction module of its training is left out here. Blog: Case studies; FFN and MoE.
+Gallery: docs/gallery/index.html#glm4_moe
 """
 
 from dataclasses import dataclass

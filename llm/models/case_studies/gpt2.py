@@ -6,6 +6,7 @@ moves LayerNorm from the sum to the input of each layer, with one more before th
 draws the weights that write to the residual stream smaller with depth. The head is tied to the embedding of a
 byte-level vocabulary, which can encode every text. Positions are a table of 1,024 rows: later positions do not exist.
 Blog: Case studies; Position encoding, learned.
+Gallery: docs/gallery/index.html#gpt2
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ everything, by YaRN up to 131,072 tokens from 4,096, with a ramp that is not rou
 sink in each head's softmax, which takes the weight where a head has nothing to add. Four of 32 or 128 experts serve a
 token: SwiGLU clamped at 7, with biases, which attention and router have, too. The experts are published in 4 bits
 (MXFP4), so that the large model fits one GPU of 80 GB. Blog: Case studies, GPT-OSS; Attention, attention sinks.
+Gallery: docs/gallery/index.html#gpt_oss
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ LLaDA 8B (Nie et al., February 2025, arXiv 2502.09992) has LLaMA 3's parts with 
 keeps no cache that grouped heads would shrink, and a narrower feed-forward layer to make up for them. Token 126,336 of
 its vocabulary stands for a hidden one. Trained on 2.3 T tokens, it was on a par with LLaMA 3 8B. It writes answers of a
 fixed length, 32 tokens at a time, the surest first. Blog: Case studies, LLaDA; Diffusion.
+Gallery: docs/gallery/index.html#llada
 """
 
 from dataclasses import dataclass

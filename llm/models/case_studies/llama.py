@@ -6,6 +6,7 @@ for its size. Llama 2 (July 2023, arXiv 2307.09288) doubled the context to 4,096
 attention. Llama 3 (2024, arXiv 2407.21783) uses it in all sizes, with a vocabulary four times as large and a RoPE base
 of 500,000. Llama 3.1 reaches 128K tokens by dividing the low frequencies of RoPE by 8 (3.2: by 32). The 1B and 3B
 models of 3.2 tie the head to the embedding. Llama 3.3 has the sizes of Llama 3.1 70B. Blog: Case studies, LLaMA.
+Gallery: docs/gallery/index.html#llama
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ the part that reads text. There is no window any more. YaRN extends RoPE from 16
 16,384 tokens, queries are multiplied by a factor that grows with the logarithm of the position, since a softmax over
 more keys is flatter (Scalable-Softmax Is Superior for Attention, arXiv 2501.19399; first shipped in Llama 4).
 Blog: Case studies; Position encoding, longer context.
+Gallery: docs/gallery/index.html#ministral3
 """
 
 from dataclasses import dataclass

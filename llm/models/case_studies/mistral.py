@@ -4,6 +4,7 @@ Mistral 7B (Jiang et al., October 2023, arXiv 2310.06825) beat Llama 2 13B at ha
 4,096 tokens, and keys are kept in a ring of as many slots. Over 32 layers, a token 131,000 tokens back can still have
 an influence. The successors v0.2 and v0.3 replaced the window by full attention over 32,768 tokens with a base of
 1,000,000: window_size None. Blog: Case studies; Attention, sliding window.
+Gallery: docs/gallery/index.html#mistral
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ scale: 46.7 B parameters, 12.9 B of them active in a token, level with Llama 2 7
 The router takes the two largest of eight logits and a softmax over these two, so weights sum to 1. Attention is grouped
 and, unlike Mistral's, sees the whole context of 32,768 tokens. 8x22B (April 2024) is the same, larger.
 Blog: Case studies; FFN and MoE.
+Gallery: docs/gallery/index.html#mixtral
 """
 
 from dataclasses import dataclass

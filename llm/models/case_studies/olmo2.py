@@ -6,6 +6,7 @@ to what each layer adds instead of to what it reads, so that no layer can add mo
 keys, over the full width of all heads and before RoPE, bounds the scores. The rest is SwiGLU, RoPE with a base of
 500,000 and no biases. The 32B model shares keys in groups of five heads, the others do not share them.
 Blog: Case studies; Normalization, QK-norm.
+Gallery: docs/gallery/index.html#olmo2
 """
 
 from dataclasses import dataclass

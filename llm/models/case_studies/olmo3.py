@@ -3,6 +3,7 @@
 Olmo 3 (Team Olmo, December 2025, arXiv 2512.13961) trains OLMo 2's blocks for contexts of 65,536 tokens. Three of four
 layers see the last 4,096 tokens only, with RoPE as it was trained. The fourth sees everything: YaRN extends its RoPE
 from 8,192 tokens by a factor of 8, and only there. Blog: Case studies; Attention, sliding window.
+Gallery: docs/gallery/index.html#olmo3
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ Llama 2's, so that its tools work. Phi-3-mini sees a window of 2,047 tokens of i
 131,072. Phi-4-mini (March 2025, arXiv 2503.01743) turns three quarters of the channels of each head, shares keys in
 groups and ties the head. Checkpoints hold q, k and v in one matrix, and gate and up in another.
 Blog: Case studies; Position encoding, longer context.
+Gallery: docs/gallery/index.html#phi3
 """
 
 from dataclasses import dataclass

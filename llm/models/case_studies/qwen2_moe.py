@@ -4,6 +4,7 @@ Qwen1.5-MoE-A2.7B (March 2024; no paper) and Qwen2-57B-A14B (Qwen2 Technical Rep
 4 of 60 and 8 of 64 experts a token. The weights of the chosen do not sum to 1. A shared expert, four and more times as
 wide, is added to their sum, multiplied by a sigmoid of the token: a token can do without it. Qwen3-MoE dropped it.
 Blog: Case studies, Qwen; FFN and MoE.
+Gallery: docs/gallery/index.html#qwen2_moe
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ normalises each query and key head before RoPE, which bounds the scores and make
 wide whatever d_model / n_heads is. Small models of both tie the head to the embedding, which is large: 151,936 entries.
 Both formats know layers with a window, which hardly any checkpoint uses.
 Blog: Case studies, Qwen; Normalization, QK-norm.
+Gallery: docs/gallery/index.html#qwen2, #qwen3
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ the global batch, so that experts may specialise in kinds of text; here the loss
 (llm/modules/ffn/balance.py). Attention is Qwen3's: grouped heads 128 wide whatever d_model / n_heads is, queries and
 keys normalised head by head before RoPE. Checkpoints of this format may have dense layers, and weights of experts that
 do not sum to 1. Blog: Case studies, Qwen; FFN and MoE.
+Gallery: docs/gallery/index.html#qwen3_moe
 """
 
 from dataclasses import dataclass

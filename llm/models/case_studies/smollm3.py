@@ -4,6 +4,7 @@ SmolLM3 (Hugging Face, July 2025; no paper) has 3 B parameters, grouped heads an
 RoPE: its tokens find each other by content alone, whatever their distance, which helps where the context grows.
 Rope to Nope and Back Again: A New Hybrid Attention Strategy, January 2025, arXiv 2501.18795.
 Blog: Case studies; Position encoding, none.
+Gallery: docs/gallery/index.html#smollm3
 """
 
 from dataclasses import dataclass
