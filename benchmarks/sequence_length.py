@@ -31,13 +31,18 @@ ATTENTION = (
     "baseline", "multi_query", "grouped_query", "sliding_window", "sparse", "big_bird", "streaming", "attention_sink",
     "latent", "alibi", "t5_bias", "relative_position", "soft_capping", "flash_attention",
 )  # fmt: skip
+CHOSEN = ("native_sparse", "block_mixture", "deepseek_v3_2")
+RECURRENT = (
+    "linear_attention", "retnet", "gated_linear_attention", "delta_net", "gated_delta_net", "kimi_delta", "rwkv7",
+    "mamba", "mamba2", "hybrid", "parallel_hybrid",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measure forward and backward of the attention variants on longer and longer texts."""
+    """Measure forward and backward of attention variants and recurrent models on longer and longer texts."""
 
-    models: tuple[str, ...] = ("explicit", *ATTENTION)
+    models: tuple[str, ...] = ("explicit", *ATTENTION, *CHOSEN, *RECURRENT)
     """Which variants; `explicit` is the baseline with the equation instead of the fused kernel."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     """Tokens in the text."""
@@ -110,7 +115,11 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
     ):
         for number, (name, by_length) in enumerate(results.items()):
             points = [(length, found[what] * factor) for length, found in by_length.items() if found]
-            line = dict(color="black", linewidth=2.5) if name == "baseline" else dict(color=colours[number % 20])
+            line = (
+                dict(color="black", linewidth=2.5)
+                if name == "baseline"
+                else dict(color=colours[number % 20], linestyle="-" if number < 20 else "--")
+            )
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **line)
         panel.set(xscale="log", yscale="log", xlabel="tokens in the text", ylabel=label)
         panel.set_xticks(lengths := sorted({n for r in results.values() for n in r}), [f"{n:,}" for n in lengths])

@@ -4,6 +4,7 @@ them equal the equation, in values and gradients, at lengths that no block divid
 import pytest
 import torch
 from test_attention import PATTERNS, assert_same, random_qkv, whole
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm.modules import masks
 from llm.modules.attention.big_bird import BigBird
@@ -55,11 +56,12 @@ def distance_scores(length=LENGTH):
 def test_blocks_hold_every_key_that_is_seen_and_each_query_once(mask, length):
     dense, found = shown(mask, length), torch.zeros(length, length, dtype=torch.bool)
     covered = []
-    for rows, keys in blocks(length, mask):
+    for rows, keys, n_open in blocks(length, mask):
         covered += range(rows.start, rows.stop)
         needed = torch.arange(length)[keys]
         assert len(needed.unique()) == len(needed)
         found[rows, keys] = dense[rows, keys]
+        assert dense[rows, keys][:, :n_open].all()
     assert covered == list(range(length))
     assert torch.equal(found, dense)
 
@@ -73,6 +75,38 @@ def test_blocks_hold_little_more_than_what_is_seen():
         (BigBird(block_size=128, n_global=1, n_window=1, n_random=1), 3 * 128),
     ]:
         assert masks.mean_keys(mask, length) < mean_scored(length, mask) <= most
+
+
+FEW_IN_VAIN = {
+    "BigBird, blocks of 64": BigBird(block_size=64, n_global=2, n_window=3, n_random=3),
+    "BigBird, blocks of 32": BigBird(block_size=32, n_global=1, n_window=2, n_random=2, layer=1),
+    "BigBird, blocks of 200": BigBird(block_size=200, n_global=1, n_window=1, n_random=1),
+    "strided": masks.Strided(64),
+    "dilated": masks.Dilated(128, 4),
+}
+
+
+@pytest.mark.parametrize("mask", FEW_IN_VAIN.values(), ids=FEW_IN_VAIN)
+def test_masks_with_holes_compute_at_most_a_third_more_scores_than_they_show(mask):
+    """Counted in all products of both passes: two of each score forward, four backward."""
+    length, heads, width = 4096, 2, 8
+    q, k, v = random_qkv(n_heads=heads, n_kv_heads=1, queries=length, keys=length, v_dim=width, dtype=torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        attend(q, k, v, whole(length), mask).sum().backward()
+    computed = counter.get_total_flops() / (6 * 2 * width * len(q) * heads * length)
+    shown = masks.mean_keys(mask, length)
+    assert shown < computed <= 4 / 3 * shown
+
+
+def test_blocks_of_queries_that_see_other_keys_are_joined_only_where_they_are_tiny_or_the_text_is_short():
+    def sizes(block_size, length):
+        mask = BigBird(block_size=block_size, n_global=1, n_window=1, n_random=1)
+        return [rows.stop - rows.start for rows, *_ in blocks(length, mask)]
+
+    assert sizes(64, 640) == [64] * 10
+    assert sizes(64, 512) == [128] * 4
+    assert sizes(200, 700) == [128, 72] * 3 + [100]
+    assert sizes(5, 600) == [20] * 30
 
 
 @every_mask

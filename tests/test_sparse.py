@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_attention import mixer, step_by_step
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.masks import Window
 from llm.modules.position_encoding.rope import RoPE
 from llm.modules.sparse.block_mixture import BlockMixtureAttention
-from llm.modules.sparse.chosen import attend_to_chosen
+from llm.modules.sparse.chosen import attend_to_chosen, mean_chosen
 from llm.modules.sparse.native import NativeSparseAttention
 from llm.modules.sparse.summaries import finished
 
@@ -215,6 +216,27 @@ def test_chosen_keys_are_looked_up_in_parts_and_computed_again_for_the_gradient(
         *(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, expected)), strict=True
     ):
         torch.testing.assert_close(mine, other.nan_to_num(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("context", [1, 7, 24, 40, 41])
+@pytest.mark.parametrize(("size", "n_blocks"), [(8, 1), (8, 3), (5, 4), (1, 6), (64, 2)])
+def test_chosen_keys_are_counted_as_the_layer_chooses_them(context, size, n_blocks):
+    layer, _ = mixer(BlockMixtureAttention, block_size=size, top_k=n_blocks)
+    n_means = context // size
+    q, means = torch.randn(1, 8, context, 4).double(), torch.randn(1, 8, n_means, 4).double()
+    _, shown = layer.choose(q, means, torch.arange(context)[None])
+    assert mean_chosen(context, size, n_blocks) == pytest.approx(shown.sum().item() / 8 / context)
+
+
+def test_attention_to_n_chosen_keys_computes_n_scores_a_query_whatever_the_length():
+    """Two products forward, the same two again and four more backward."""
+    for length in (300, 900):
+        q = torch.randn(1, 4, length, 8, requires_grad=True)
+        k, v = (torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(2))
+        index = torch.randint(length, (1, 2, length, 9))
+        with FlopCounterMode(display=False) as counter:
+            attend_to_chosen(q, k, v, index, index >= 0, 0.3).sum().backward()
+        assert counter.get_total_flops() == 8 * 2 * 4 * length * 9 * 8
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,11 @@ class Mask:
         """Number of tokens from the farthest visible key to the query, both counted. A cache needs no more slots."""
         return math.inf
 
+    @property
+    def query_block(self) -> int:
+        """Number of neighbouring queries that see the same keys, up to themselves; texts are cut into blocks of it."""
+        return 1
+
     def by_remainder(self) -> "tuple[int, Mask]":
         """(n, inner) if a query sees only keys whose distance n divides; `inner` is the mask of every n-th token.
 

@@ -38,6 +38,10 @@ class BigBird(Mask):
                 f"{self.n_global} and n_random = {self.n_random} at least 0 (--model.block-size, --model.n-window, ...)"
             )
 
+    @property
+    def query_block(self) -> int:
+        return self.block_size
+
     def visible(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         i, j = q_pos.long() // self.block_size, k_pos.long() // self.block_size
         seen = (j < self.n_global) | (i - j < self.n_window)

@@ -1,4 +1,4 @@
-"""FlashAttention: exact attention in tiles, so that memory never holds all T x S scores.
+"""FlashAttention-2: exact attention in tiles, so that memory never holds all T x S scores.
 
 Forward: for each tile of queries q_i, loop over the tiles k_j, v_j of keys and values:
 
@@ -10,22 +10,38 @@ Forward: for each tile of queries q_i, loop over the tiles k_j, v_j of keys and 
 
     out_i = o / l        L_i = m + log l    saved for the backward pass: one number for each row
 
-Backward: loop over the same tiles and recompute the scores:
+Backward: for each tile of keys, loop over the tiles of queries and recompute the scores:
 
     P = exp(s - L_i)                        the full softmax, since L_i has the denominator
     dv_j += P^T dout_i                      since out = P v
     dP = dout_i v_j^T
-    dS = P (dP - D)                         gradient of a softmax; D = sum_j P dP = sum over channels of dout_i out_i
+    dS = P (dP - D_i)                       gradient of a softmax; D = sum_j P dP = sum over channels of dout_i out_i
     dq_i += scale dS k_j                    dk_j += scale dS^T q_i
 
 Memory grows with T + S, not T S. Fast implementations, such as PyTorch's fused attention, run this in one GPU kernel: a
 tile of scores stays in fast on-chip memory. The Python loops here show the algorithm; they are not fast.
 
-FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691, section 3.1. Blog: Attention, FlashAttention.
+What changed since FlashAttention-1 (flash1.py): there the loop over keys is the outer one, o_i is loaded, divided by l
+and stored for each tile of keys, and m and l are both kept. Here o_i is stored once and divided once. So there is less
+work beside the products, and no step of the outer loop needs another one: each tile of queries can go to its own block
+of GPU threads, also where there are few heads. Within one, each warp takes some rows of q_i and all of k_j, so that no
+sum is shared between warps; before, the warps took parts of k_j. Backward, a block of threads takes a tile of keys,
+and only dq_i is summed over the blocks.
+
+Moved between slow and fast memory, and computed, for one head with N = 1,024 and d = 64, fast memory for M = 16,384
+numbers; in thousands, counted by benchmarks/flash.py (docs/speed.md has the backward passes, too):
+
+    forward               reads    writes   FLOPs of products   other FLOPs
+    standard attention    2,294     2,163             268,435         6,291      O(N d + N^2) numbers
+    FlashAttention-1      2,261     1,149             268,435        14,926      O(N^2 d^2 / M)
+    FlashAttention-2      2,163        67             268,435        12,799      O(N^2 d^2 / M)
+
+FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691, section 3. flash3.py has FlashAttention-3.
+Blog: Attention, FlashAttention.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +49,7 @@ from torch.autograd.function import once_differentiable
 
 from llm.modules.attention.core import share_heads
 from llm.modules.attention.multi_head import MultiHeadAttention
+from llm.modules.attention.slow_memory import SlowMemory
 from llm.modules.cache import Places
 from llm.modules.masks import Causal, Mask, causal, visibility
 
@@ -62,22 +79,29 @@ def flash_attention(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the T x S scores are cut into tiles, and how the scores of one tile are computed."""
+    """How the T x S scores are cut into tiles, how the scores of one tile are computed, and what is moved for them."""
 
     places: Places
     mask: Mask
     scale: float
     q_tile: int
     k_tile: int
+    memory: SlowMemory = field(default_factory=SlowMemory)
 
-    def rows(self) -> Iterator[slice]:
-        """Tiles of queries, from the first to the last."""
-        return tiles(self.places.q.shape[-1], self.q_tile)
+    def rows(self, columns: slice | None = None) -> Iterator[slice]:
+        """Tiles of queries, from the first to the last: all, or those that may see some of the keys `columns`."""
+        found = tiles(self.places.q.shape[-1], self.q_tile)
+        return (rows for rows in found if columns is None or not self.is_causal or columns.start < rows.stop)
 
-    def columns(self, rows: slice) -> Iterator[slice]:
-        """Tiles of keys for the queries `rows`. If query i sees keys 0..i, keys after the last query are left out."""
-        is_causal = isinstance(self.mask, Causal) and self.places.whole_text
-        return tiles(rows.stop if is_causal else self.places.k.shape[-1], self.k_tile)
+    def columns(self, rows: slice | None = None) -> Iterator[slice]:
+        """Tiles of keys: all, or those that the queries `rows` may see. Keys after the last of them are left out."""
+        length = self.places.k.shape[-1]
+        return tiles(length if rows is None or not self.is_causal else rows.stop, self.k_tile)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether query i sees keys 0..i."""
+        return isinstance(self.mask, Causal) and self.places.whole_text
 
     def scores(self, q_i: Tensor, k_j: Tensor, rows: slice, columns: slice) -> Tensor:
         """(B, H, q_tile, k_tile) in `statistics_dtype`, -inf where the query does not see the key."""
@@ -113,24 +137,25 @@ class TiledAttention(torch.autograd.Function):
 
 def forward_tiles(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
     """-> the output (B, H, T, D_v) and the log-sum-exp of each row of scores, (B, H, T, 1)."""
+    load, store = tiling.memory.load, tiling.memory.store
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
     log_sum_exp = q.new_empty(*q.shape[:-1], 1, dtype=statistics_dtype(q))
     for rows in tiling.rows():
-        q_i = q[:, :, rows]
+        q_i = load(q, rows)
         # the least finite number, not -inf: in a row that has seen no key yet, exp(-inf - m) is then 0 and not NaN
         m = torch.full_like(log_sum_exp[:, :, rows], torch.finfo(log_sum_exp.dtype).min)
         row_sum = torch.zeros_like(m)
         o = out.new_zeros(out[:, :, rows].shape, dtype=m.dtype)
         for columns in tiling.columns(rows):
-            s = tiling.scores(q_i, k[:, :, columns], rows, columns)
+            s = tiling.scores(q_i, load(k, columns), rows, columns)
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
             p, rescale = torch.exp(s - m_new), torch.exp(m - m_new)
             row_sum = rescale * row_sum + p.sum(-1, keepdim=True)
-            o = rescale * o + p.to(v.dtype) @ v[:, :, columns]
+            o = rescale * o + p.to(v.dtype) @ load(v, columns)
             m = m_new
         row_sum = row_sum.clamp(min=1)  # the largest score adds exp(0) = 1: only a row without keys has less
-        out[:, :, rows] = o / row_sum
-        log_sum_exp[:, :, rows] = m + row_sum.log()
+        store(out, o / row_sum, rows)
+        store(log_sum_exp, m + row_sum.log(), rows)
     return out, log_sum_exp
 
 
@@ -138,18 +163,25 @@ def backward_tiles(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, d_out: Tensor, tiling: Tiling
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of q, k and v, in their shapes and dtypes, summed in `statistics_dtype`."""
+    load, store = tiling.memory.load, tiling.memory.store
     dtype = log_sum_exp.dtype
-    dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-    d = (d_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)  # (B, H, T, 1): D in the module docstring
+    dq, dk, dv, d = (torch.empty_like(x, dtype=dtype) for x in (q, k, v, log_sum_exp))
     for rows in tiling.rows():
-        q_i, d_out_i = q[:, :, rows], d_out[:, :, rows]
-        for columns in tiling.columns(rows):
-            k_j, v_j = k[:, :, columns], v[:, :, columns]
-            p = torch.exp(tiling.scores(q_i, k_j, rows, columns) - log_sum_exp[:, :, rows])
-            ds = (p * (d_out_i @ v_j.mT - d[:, :, rows]) * tiling.scale).to(q.dtype)
-            dv[:, :, columns] += p.to(q.dtype).mT @ d_out_i
-            dq[:, :, rows] += ds @ k_j
-            dk[:, :, columns] += ds.mT @ q_i
+        product = load(d_out, rows).to(dtype) * load(out, rows).to(dtype)
+        store(d, product.sum(-1, keepdim=True), rows)  # D in the module docstring, (B, H, T, 1)
+    store(dq, 0.0)
+    for columns in tiling.columns():
+        k_j, v_j = load(k, columns), load(v, columns)
+        dk_j, dv_j = torch.zeros_like(k_j, dtype=dtype), torch.zeros_like(v_j, dtype=dtype)
+        for rows in tiling.rows(columns):
+            q_i, d_out_i, d_i = load(q, rows), load(d_out, rows), load(d, rows)
+            p = torch.exp(tiling.scores(q_i, k_j, rows, columns) - load(log_sum_exp, rows))
+            ds = (p * (d_out_i @ v_j.mT - d_i) * tiling.scale).to(q.dtype)
+            dv_j += p.to(q.dtype).mT @ d_out_i
+            dk_j += ds.mT @ q_i
+            store(dq, load(dq, rows) + ds @ k_j, rows)
+        store(dk, dk_j, columns)
+        store(dv, dv_j, columns)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 

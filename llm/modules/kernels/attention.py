@@ -34,6 +34,7 @@ from llm.modules.cache import Places
 from llm.modules.kernels.precision import without_slow_bf16
 from llm.modules.kernels.query_blocks import blocked_attention, blocks_serve, is_long
 from llm.modules.kernels.recomputed import recomputed_attention
+from llm.modules.kernels.seen_blocks import FEWEST_QUERIES, LONGEST, QUERIES
 from llm.modules.masks import Causal, Mask, causal, visibility
 
 FEW_QUERIES = 64  # T of one text; in absorbed MLA T times n_heads, since heads become queries
@@ -102,11 +103,12 @@ def attend_to_text(
             return flex_attention(q, k, v, mask, scale, soft_cap, added, sinks)
     if not long:
         return None
+    dtype = v.dtype
+    q, k, v = without_slow_bf16(q, k, v)
     n, inner = mask.by_remainder()
     if n > 1 and plain:
-        return attend_by_remainder(q, k, v, n, inner, scale, sinks)
-    dtype, k, v = v.dtype, share_heads(q, k), share_heads(q, v)
-    q, k, v = without_slow_bf16(q, k, v)
+        return attend_by_remainder(q, k, v, n, inner, scale, sinks).to(dtype)
+    k, v = share_heads(q, k), share_heads(q, v)
     if plain and blocks_serve(q, mask):
         return blocked_attention(q, k, v, mask, scale, sinks=sinks).to(dtype)
     return recomputed_attention(q, k, v, mask, scale, bias, soft_cap, sinks).to(dtype)
@@ -120,15 +122,22 @@ def written(bias: Bias | None, places: Places) -> Tensor | None:
 def attend_by_remainder(
     q: Tensor, k: Tensor, v: Tensor, n: int, mask: Mask, scale: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention within each of the n texts of every n-th token: (B, H, T, D) -> (B n, H, T / n, D) and back."""
+    """Attention within each of the n texts of every n-th token: (B, H, T, D) -> (B n, H, T / n, D) and back.
+
+    A block of queries has as many as elsewhere in all n texts together, so that it has few that see other keys.
+    """
     length = q.shape[2]
 
     def split(x: Tensor) -> Tensor:  # the end is padded: no query of the text sees a later key
         return F.pad(x, (0, 0, 0, -length % n)).unflatten(2, (-1, n)).movedim(3, 1).flatten(0, 1)
 
-    positions = torch.arange(-(-length // n), device=q.device)
-    places = Places(positions, positions, whole_text=True)
-    heads = attend(split(q), split(k), split(v), places, mask, scale=scale, sinks=sinks)
+    q, k, v = split(q), split(k), split(v)
+    if q.shape[2] <= LONGEST or blocks_serve(q, mask):
+        k, v, n_queries = share_heads(q, k), share_heads(q, v), max(FEWEST_QUERIES, QUERIES // n)
+        heads = blocked_attention(q, k, v, mask, scale, sinks=sinks, n_queries=n_queries)
+    else:
+        positions = torch.arange(q.shape[2], device=q.device)
+        heads = attend(q, k, v, Places(positions, positions, whole_text=True), mask, scale=scale, sinks=sinks)
     return heads.unflatten(0, (-1, n)).movedim(1, 3).flatten(2, 3)[:, :, :length]
 
 

@@ -17,17 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.modules.kernels.seen_blocks import add, blocks, hidden, mean_scored, take
+from llm.modules.kernels.seen_blocks import LONGEST, QUERIES, add, blocks, hide, mean_scored, take
 from llm.modules.masks import Causal, Mask, causal
 
-LONGEST = 512  # tokens of a short text; for a longer one the fused kernel is as fast, and keeps nothing
 FEW_KEYS = 1024  # scores that a query may have on average where the text is longer
 
 
 def is_long(q: Tensor, mask: Mask) -> bool:
     """Whether a mask that is written out would waste time and memory. Compiled, the blocks of a long text would be as
-    many
-    copies of one piece of code."""
+    many copies of one piece of code."""
     return mask.looks_back and q.shape[2] > LONGEST and not torch.compiler.is_compiling()
 
 
@@ -47,35 +45,40 @@ def blocked_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    n_queries: int = QUERIES,
 ) -> Tensor:
     """q and k (B, H, T, D), v (B, H, T, D_v), all of one text from position 0 on: -> (B, H, T, D_v).
 
-    `mask.looks_back` must hold; bias (H, T, T) or (B, H, T, T); sinks (H,).
+    `mask.looks_back` must hold; bias (H, T, T) or (B, H, T, T); sinks (H,). A block has at most `n_queries` queries.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = None if bias is None else bias.to(q.dtype)
     sinks = None if sinks is None else sinks.to(q.dtype)
-    return QueryBlocks.apply(q * scale, k, v, mask, bias, sinks)
+    return QueryBlocks.apply(q * scale, k, v, mask, bias, sinks, n_queries)
 
 
 class QueryBlocks(torch.autograd.Function):
     """The equations above, for queries that are already scaled."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, sinks: Tensor | None):
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, sinks: Tensor | None, n_queries: int
+    ):
         heads = q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T, D)
         out, probabilities = torch.empty_like(v), []
-        for rows, keys in blocks(q.shape[1], mask):
+        for block in blocks(q.shape[1], mask, n_queries):
+            rows, keys, _ = block
             scores = (q[:, rows] @ take(k, keys).mT).unflatten(0, heads)  # (B, H, queries, keys)
-            added = hidden(rows, keys, mask, q)
-            scores += added if bias is None else added + bias[..., rows, keys]
+            if bias is not None:
+                scores += bias[..., rows, keys]
+            hide(scores, block, mask)
             if sinks is not None:
                 scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
             p = scores.softmax(-1).flatten(0, 1)
-            out[:, rows] = p[..., : added.shape[1]] @ take(v, keys)
+            out[:, rows] = (p if sinks is None else p[..., :-1]) @ take(v, keys)
             probabilities.append(p)
-        ctx.mask, ctx.with_sinks = mask, sinks is not None
+        ctx.mask, ctx.with_sinks, ctx.n_queries = mask, sinks is not None, n_queries
         ctx.save_for_backward(q, k, v, out, bias, *probabilities)
         return out.unflatten(0, heads)
 
@@ -89,7 +92,7 @@ class QueryBlocks(torch.autograd.Function):
         dbias = torch.zeros_like(bias) if ctx.needs_input_grad[4] else None
         dsinks = torch.zeros(heads[1], dtype=wide) if ctx.with_sinks else None
         mean = (grad * out).sum(-1, keepdim=True)  # sum_j P dP, for every query
-        for p, (rows, keys) in zip(probabilities, blocks(q.shape[1], ctx.mask), strict=True):
+        for p, (rows, keys, _) in zip(probabilities, blocks(q.shape[1], ctx.mask, ctx.n_queries), strict=True):
             if ctx.with_sinks:
                 p, sink = p[..., :-1], p[..., -1:]
                 dsinks -= (sink.to(wide) * mean[:, rows]).unflatten(0, heads).sum((0, 2, 3))
@@ -100,4 +103,4 @@ class QueryBlocks(torch.autograd.Function):
             if dbias is not None:
                 dbias[..., rows, keys] = ds.unflatten(0, heads).sum_to_size(dbias[..., rows, keys].shape)
         dq, dk, dv = (x.to(q.dtype).unflatten(0, heads) for x in (dq, dk, dv))
-        return dq, dk, dv, None, dbias, dsinks
+        return dq, dk, dv, None, dbias, dsinks, None

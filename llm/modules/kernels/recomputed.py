@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.modules.kernels.seen_blocks import Keys, add, blocks, hidden, positions, take
-from llm.modules.masks import Causal, Mask, causal
+from llm.modules.kernels.seen_blocks import Block, add, blocks, hide, positions, take
+from llm.modules.masks import Mask, causal
 
 Bias = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,7 +38,7 @@ class Scores(NamedTuple):
             return ()
         return tuple(x for x in self.bias.parameters() if x.requires_grad)
 
-    def of(self, products: Tensor, added: Tensor | None, rows: slice, keys: Keys) -> tuple[Tensor, Tensor | None]:
+    def of(self, products: Tensor, added: Tensor | None, block: Block) -> tuple[Tensor, Tensor | None]:
         """Products (B, H, queries, keys), which are overwritten -> scores, and the derivative of the cap, if any."""
         slope = None
         if self.soft_cap is not None:
@@ -47,15 +47,14 @@ class Scores(NamedTuple):
             products = tanh.mul_(self.soft_cap)
         if added is not None:
             products += added
-        shown = slice(rows.start, None) if isinstance(self.mask, Causal) else slice(None)  # where some key is hidden
-        products[..., shown] += hidden(rows, keys, self.mask, products)[:, shown]
+        hide(products, block, self.mask)
         return products, slope
 
-    def added(self, rows: slice, keys: Keys, like: Tensor) -> Tensor | None:
+    def added(self, block: Block, like: Tensor) -> Tensor | None:
         """The bias of a block, (H, queries, keys) or (B, H, queries, keys)."""
         if self.bias is None:
             return None
-        return self.bias(positions(rows, like.device), positions(keys, like.device)).to(like.dtype)
+        return self.bias(positions(block.rows, like.device), positions(block.keys, like.device)).to(like.dtype)
 
 
 def recomputed_attention(
@@ -85,9 +84,9 @@ class Recomputed(torch.autograd.Function):
         ctx.scores, ctx.learned, heads = scores, learned, q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T, D)
         out = torch.empty_like(v)
-        for rows, keys in blocks(q.shape[1], scores.mask):
-            p, *_ = softmax_of_block(q[:, rows], take(k, keys), heads, scores, sinks, rows, keys)
-            out[:, rows] = p @ take(v, keys)
+        for block in blocks(q.shape[1], scores.mask):
+            p, *_ = softmax_of_block(q[:, block.rows], take(k, block.keys), heads, scores, sinks, block)
+            out[:, block.rows] = p @ take(v, block.keys)
         ctx.save_for_backward(q, k, v, out, sinks)
         return out.unflatten(0, heads)
 
@@ -101,11 +100,12 @@ class Recomputed(torch.autograd.Function):
         dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
         dlearned = [torch.zeros_like(x) for x in ctx.learned]
         mean = (grad * out).sum(-1, keepdim=True)  # sum_j P dP, for every query
-        for rows, keys in blocks(q.shape[1], scores.mask):
+        for block in blocks(q.shape[1], scores.mask):
+            rows, keys, _ = block
             k_i, v_i, grad_i = take(k, keys), take(v, keys), grad[:, rows]
             with torch.set_grad_enabled(bool(dlearned)):
-                added = scores.added(rows, keys, q)
-            p, slope, sink = softmax_of_block(q[:, rows], k_i, heads, scores, sinks, rows, keys, added)
+                added = scores.added(block, q)
+            p, slope, sink = softmax_of_block(q[:, rows], k_i, heads, scores, sinks, block, added)
             if sinks is not None:
                 dsinks -= (sink * mean[:, rows]).unflatten(0, heads).sum((0, 2, 3), dtype=wide)
             add(dv, keys, p.mT @ grad_i)
@@ -123,12 +123,12 @@ class Recomputed(torch.autograd.Function):
 
 
 def softmax_of_block(
-    q: Tensor, k: Tensor, heads: tuple[int, int], scores: Scores, sinks: Tensor | None, rows: slice, keys: Keys,
+    q: Tensor, k: Tensor, heads: tuple[int, int], scores: Scores, sinks: Tensor | None, block: Block,
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """A block's queries and keys -> probabilities (B H, queries, keys), the cap's slope, the sink's probability."""
-    added = scores.added(rows, keys, q) if added is None else added.detach()
-    s, slope = scores.of((q @ k.mT).unflatten(0, heads), added, rows, keys)
+    added = scores.added(block, q) if added is None else added.detach()
+    s, slope = scores.of((q @ k.mT).unflatten(0, heads), added, block)
     if sinks is None:
         return s.softmax(-1).flatten(0, 1), slope, None
     sink = sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)

@@ -15,7 +15,7 @@ from llm.modules.attention.core import share_heads
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.cache import empty_slots
 from llm.modules.masks import causal, mean_keys
-from llm.modules.sparse.chosen import attend_to_chosen, tokens_of
+from llm.modules.sparse.chosen import attend_to_chosen, mean_chosen, tokens_of
 from llm.modules.sparse.summaries import all_blocks, finished, n_summaries, tokens_in, write
 
 
@@ -80,5 +80,5 @@ class BlockMixtureAttention(MultiHeadAttention):
 
     def flops(self, context: int) -> float:
         """FLOPs per token: queries times the means of earlier blocks, and attention to the chosen keys."""
-        keys = min(mean_keys(causal, context), self.top_k * self.block_size - (self.block_size - 1) / 2)
-        return self.q_proj.out_features * (2 * mean_keys(causal, context) / self.block_size + 4 * keys)
+        means = mean_keys(causal, context) / self.block_size
+        return self.q_proj.out_features * (2 * means + 4 * mean_chosen(context, self.block_size, self.top_k))

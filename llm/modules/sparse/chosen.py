@@ -46,6 +46,16 @@ def look_up(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, flat).unflatten(2, index.shape[2:])
 
 
+def mean_chosen(context: int, size: int, n_blocks: int) -> float:
+    """The number of keys that a query attends to in its own block of `size` tokens and up to n_blocks - 1 earlier ones,
+    averaged over a text of `context` tokens."""
+    full, rest, earlier = context // size, context % size, n_blocks - 1
+    own = full * size * (size + 1) / 2 + rest * (rest + 1) / 2
+    fewer = min(full, earlier)  # the first blocks of the text, which have fewer before them
+    before = fewer * (fewer - 1) / 2 + (full - fewer) * earlier
+    return (own + size * (size * before + rest * fewer)) / context
+
+
 def tokens_of(numbers: Tensor, size: int) -> Tensor:
     """The tokens of blocks (.., n) of `size` tokens: (.., n size)."""
     return (numbers[..., None] * size + torch.arange(size, device=numbers.device)).flatten(-2)

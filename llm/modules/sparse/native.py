@@ -9,8 +9,9 @@ window.
     window       o_3 = attention to the last w tokens
     head         g_1 o_1 + g_2 o_2 + g_3 o_3       g = sigmoid(x W_g), for each head; keys and values per branch
 
-The choice has no gradient. What teaches it is the compressed branch, whose probabilities are the importance. Heads that
-share keys share the choice, so that keys are read once for all of them.
+The choice has no gradient. What teaches it is the compressed branch, whose probabilities are the importance. In a text
+shorter than a compressed block, W and e have no gradient either. Heads that share keys share the choice, so that keys
+are read once for all of them.
 
 Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, arXiv 2502.11089, section 3. There W
 is an MLP; a matrix does here. Blog: Attention, learned sparse attention.
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from llm.modules.cache import Places, empty_slots, store
 from llm.modules.kernels.attention import attend
 from llm.modules.masks import Window, causal, mean_keys
-from llm.modules.sparse.chosen import attend_to_chosen, tokens_of
+from llm.modules.sparse.chosen import attend_to_chosen, mean_chosen, tokens_of
 from llm.modules.sparse.summaries import all_blocks, finished, n_summaries, tokens_in, write
 
 
@@ -173,6 +174,6 @@ class NativeSparseAttention(nn.Module):
 
     def flops(self, context: int) -> float:
         """FLOPs per token, without the projections: the three branches."""
-        seen = mean_keys(causal, context)
-        keys = seen / self.stride + min(seen, self.n_selected * self.select_size) + mean_keys(self.mask, context)
-        return 4 * self.q_proj.out_features * keys
+        compressed, near = mean_keys(causal, context) / self.stride, mean_keys(self.mask, context)
+        selected = mean_chosen(context, self.select_size, self.n_selected)
+        return 4 * self.q_proj.out_features * (compressed + selected + near)
