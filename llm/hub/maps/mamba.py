@@ -145,7 +145,7 @@ SIZES = {
     MambaLM: {f"mamba-{name}": PILE | shape for name, shape in SHAPES.items()},
     Mamba2LM: {f"mamba2-{NAMES2[name]}": PILE2 | shape for name, shape in SHAPES.items()}
     | {
-        "mamba-codestral-7b": dict(
+        "codestral-mamba-7b": dict(
             **dict(vocab_size=32_768, max_seq_len=262_144, d_model=4096, n_layers=64, n_groups=8, tie_embeddings=False)
         )
     },

@@ -68,7 +68,8 @@ def write(config: NemotronH.Config) -> dict[str, Any]:
             "transformers ties no head of a NemotronHForCausalLM, so a model with tied embeddings cannot be exported: "
             "train it with --model.tie-embeddings false"
         )
-    return {"hybrid_override_pattern": "".join(map(config.kind, range(config.n_layers)))}
+    pattern = "".join(map(config.kind, range(config.n_layers)))
+    return {"hybrid_override_pattern": pattern, "head_dim": config.head_width}
 
 
 PUBLISHED = {
