@@ -66,7 +66,7 @@ def write(config: NemotronH.Config) -> dict[str, Any]:
     if config.tie_embeddings:
         raise PretrainedError(
             "transformers ties no head of a NemotronHForCausalLM, so a model with tied embeddings cannot be exported: "
-            "train it with --model.tie-embeddings false"
+            "train it without --model.tie-embeddings"
         )
     pattern = "".join(map(config.kind, range(config.n_layers)))
     return {"hybrid_override_pattern": pattern, "head_dim": config.head_width}
