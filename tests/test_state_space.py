@@ -68,14 +68,10 @@ CASES = {
         "FalconH1ForCausalLM",
         {**FALCON, **dict(mamba_rms_norm=True, rms_norm_eps=0.1, tie_word_embeddings=True)},
     ),
-    "falcon_h1, without multipliers": (
+    "falcon_h1, one multiplier": (
         "FalconH1ForCausalLM",
-        dict(
-            mamba_d_ssm=None,
-            mamba_n_heads=4,
-            mamba_d_state=8,
-            rope_parameters=dict(rope_type="default", rope_theta=1e11),
-        ),
+        dict(num_hidden_layers=2, mamba_d_ssm=None, mamba_n_heads=4, mamba_d_state=8, ssm_out_multiplier=0.25)
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e11)),
     ),
 }
 FIRST = {architecture: config for architecture, config in reversed(CASES.values())}

@@ -85,7 +85,7 @@ PUBLISHED = {
                 **dict(d_shared="moe_shared_expert_intermediate_size"),
             },
             **dict(vocab_size=131_072, max_seq_len=4096, d_model=4096, n_heads=32, n_kv_heads=8, head_dim=128),
-            **dict(d_ff=21_504, norm_eps=1e-5, tie_embeddings=False, n_mamba_heads=128, mamba_head_dim=64),
+            **dict(d_ff=21_504, norm_eps=1e-5, n_mamba_heads=128, mamba_head_dim=64),
             **dict(n_mamba_groups=8, d_state=128, d_conv=4, dt_min=0.001, n_experts=8, top_k=2, d_expert=7688),
             **dict(d_shared=7688, d_latent=None, n_groups=1, top_k_groups=1, normalize_weights=True),
             **dict(routed_scaling_factor=1.0),
