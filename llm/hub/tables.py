@@ -138,6 +138,8 @@ def fill_in(row: Row, name: str, tensors: Mapping[str, Tensor]) -> Iterator[Step
     for expert in range(len(tensors[name])) if sliced else (None,):
         values = {**match.groupdict(), "expert": expert}
         names = [write_in(t, values) for t in bare]
+        if any(name not in tensors for name in names):
+            return
         filled = operation.bind([tensors[name] for name in names]) if operation.bind else operation
         yield Step([(name, expert) for name in names], [write_in(t, values) for t in theirs], filled)
 

@@ -11,15 +11,19 @@ from llm.models.case_studies.deepseek_v2 import DeepseekV2
 from llm.models.case_studies.deepseek_v3 import DeepseekV3
 from llm.models.case_studies.deepseek_v3_2 import DeepseekV32
 from llm.models.case_studies.dream import Dream
+from llm.models.case_studies.falcon_h1 import FalconH1
 from llm.models.case_studies.gemma import Gemma, Gemma2, Gemma3
 from llm.models.case_studies.glm4_moe import GLM4MoE
 from llm.models.case_studies.gpt2 import GPT2
 from llm.models.case_studies.gpt_oss import GPTOSS
+from llm.models.case_studies.jamba import Jamba
 from llm.models.case_studies.llada import LLaDA
 from llm.models.case_studies.llama import Llama
+from llm.models.case_studies.mamba import Mamba2LM, MambaLM
 from llm.models.case_studies.ministral3 import Ministral3
 from llm.models.case_studies.mistral import Mistral
 from llm.models.case_studies.mixtral import Mixtral
+from llm.models.case_studies.nemotron_h import NemotronH
 from llm.models.case_studies.olmo2 import OLMo2
 from llm.models.case_studies.olmo3 import OLMo3
 from llm.models.case_studies.phi3 import Phi3
@@ -132,6 +136,11 @@ MODELS: dict[str, type[Transformer]] = {
     "qwen3_moe": Qwen3MoE,
     "glm4_moe": GLM4MoE,
     "gpt_oss": GPTOSS,
+    "mamba_lm": MambaLM,
+    "mamba2_lm": Mamba2LM,
+    "jamba": Jamba,
+    "nemotron_h": NemotronH,
+    "falcon_h1": FalconH1,
     "llada": LLaDA,
     "dream": Dream,
 }

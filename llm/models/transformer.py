@@ -145,7 +145,8 @@ class Transformer(nn.Module):
         """An empty cache for `length` tokens. `padding` is the number of padding tokens on the left of each prompt."""
         device = self.tok_embed.weight.device
         seen = torch.zeros(batch_size, dtype=torch.int64, device=device) - padding
-        return Cache(seen, [block.mixer.make_cache(batch_size, length) for block in self.blocks])
+        mixers = (getattr(block, "mixer", None) for block in self.blocks)  # an FFNBlock has none
+        return Cache(seen, [{} if mixer is None else mixer.make_cache(batch_size, length) for mixer in mixers])
 
     @torch.inference_mode()
     def generate(

@@ -7,8 +7,8 @@
     parallel         x + f(norm(x)) + g(norm(x))       GPT-J, PaLM: attention and feed-forward read the same input
 
 f is the mixer, then the feed-forward layer (parallel: g). All blocks have the same constructor and forward arguments,
-but `MixerBlock`, which has no feed-forward layer. On Layer Normalization in the Transformer Architecture, arXiv
-2002.04745. Blog: Normalization, pre- and post-norm.
+but `MixerBlock` and `FFNBlock`, which have only one of the two. On Layer Normalization in the Transformer Architecture,
+arXiv 2002.04745. Blog: Normalization, pre- and post-norm.
 """
 
 from collections.abc import Callable
@@ -43,6 +43,18 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         return x + self.mixer(self.mixer_norm(x), positions, cache)
+
+
+class FFNBlock(nn.Module):
+    """Pre-norm block of a feed-forward layer alone, as in Nemotron-H. It keeps nothing, so its cache is empty."""
+
+    def __init__(self, ffn: nn.Module, norm: Callable[[], nn.Module]):
+        super().__init__()
+        self.ffn_norm = norm()
+        self.ffn = ffn
+
+    def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
+        return x + self.ffn(self.ffn_norm(x))
 
 
 class PostNormBlock(Block):

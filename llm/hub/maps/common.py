@@ -58,6 +58,9 @@ FIELDS = {
     "qkv_bias": "qkv_bias",
     "qk_norm": "use_qk_norm",
     "d_shared": "shared_expert_intermediate_size",
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
 }
 """Our field -> the name that most families have for it in config.json."""
 

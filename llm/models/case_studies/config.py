@@ -15,8 +15,8 @@ LayerType = Literal["sliding_attention", "full_attention"]
 
 
 @dataclass(frozen=True)
-class CaseStudyConfig(ModelConfig):
-    """Grouped-query heads and RoPE."""
+class GroupedConfig(ModelConfig):
+    """Grouped-query heads and a feed-forward layer; for models without RoPE."""
 
     n_heads: int = 16
     """Query heads."""
@@ -26,10 +26,6 @@ class CaseStudyConfig(ModelConfig):
     """Width of a head; where it is not given, d_model / n_heads."""
     d_ff: int = 1376
     """Width of the gated feed-forward layer."""
-    rope_theta: float = 10_000.0
-    """Base of the rotation; raise it for longer contexts."""
-    rope_scaling: Settings = field(default_factory=dict)
-    """Extension of the context: rope_type (linear, dynamic, yarn, llama3, longrope) and its settings. Empty: none."""
 
     small: ClassVar[dict[str, Any]] = {**ModelConfig.small, "n_heads": 4, "n_kv_heads": 2, "d_ff": 352}
 
@@ -39,12 +35,25 @@ class CaseStudyConfig(ModelConfig):
         check_divides(self, "n_kv_heads", "n_heads")
         if self.head_dim is None:
             check_divides(self, "n_heads", "d_model", " or say how wide a head is (--model.head-dim)")
-        make_scaling(self.rope_scaling)
 
     @property
     def head_width(self) -> int:
         """`head_dim`, or d_model / n_heads where it is not given."""
         return self.head_dim or self.d_model // self.n_heads
+
+
+@dataclass(frozen=True)
+class CaseStudyConfig(GroupedConfig):
+    """Grouped-query heads and RoPE."""
+
+    rope_theta: float = 10_000.0
+    """Base of the rotation; raise it for longer contexts."""
+    rope_scaling: Settings = field(default_factory=dict)
+    """Extension of the context: rope_type (linear, dynamic, yarn, llama3, longrope) and its settings. Empty: none."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        make_scaling(self.rope_scaling)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,23 @@ class MoE(nn.Module):
         return sum(p.numel() for p in self.experts.parameters()) * (1 - self.active_share)
 
 
+class LatentMoE(MoE):
+    """Routed experts that read a narrower projection of the token, so that more of them cost the same (Nemotron 3).
+
+    y = shared(x) + W_out sum over chosen i of weight_i(x) expert_i(W_in x). The router and the shared expert read x.
+    """
+
+    def __init__(self, d_model: int, d_latent: int, router: nn.Module, experts: nn.Module, shared: nn.Module):
+        super().__init__(router, experts, shared)
+        self.latent_in_proj = nn.Linear(d_model, d_latent, bias=False)
+        self.latent_out_proj = nn.Linear(d_latent, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, weights = self.router(x)
+        routed = grouped_moe(self.latent_in_proj(x), chosen, weights, self.experts)
+        return self.shared(x) + self.latent_out_proj(routed)
+
+
 class GatedShared(nn.Module):
     """The shared expert of Qwen2-MoE: (B, T, d_model) -> sigmoid(x w) SwiGLU(x), so that a token may do without it."""
 

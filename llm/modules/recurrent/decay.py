@@ -21,12 +21,14 @@ class Decay(nn.Module):
     rates,).
 
     n_rates   step sizes for each head: 1, or one for each channel of its keys
+    dt_min    steps are at least this long (Nemotron-H)
     """
 
     no_weight_decay = ("A_log", "dt_bias")
 
-    def __init__(self, n_heads: int, n_rates: int = 1):
+    def __init__(self, n_heads: int, n_rates: int = 1, dt_min: float = 0.0):
         super().__init__()
+        self.dt_min = dt_min
         self.A_log = nn.Parameter(torch.empty(n_heads))
         self.dt_bias = nn.Parameter(torch.empty(n_heads * n_rates))
         self.init_weights()
@@ -37,7 +39,8 @@ class Decay(nn.Module):
         draw_dt_bias(self.dt_bias)
 
     def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        dt = F.softplus(widen(raw) + widen(self.dt_bias)).unflatten(-1, (len(self.A_log), -1))
+        dt = F.softplus(widen(raw) + widen(self.dt_bias)).clamp(min=self.dt_min)
+        dt = dt.unflatten(-1, (len(self.A_log), -1))
         return dt, -widen(self.A_log).exp()[:, None] * dt
 
 

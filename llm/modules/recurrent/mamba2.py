@@ -26,6 +26,8 @@ class Mamba2(nn.Module):
     n_heads x head_dim   width inside, `expand` times d_model in the paper
     d_state              width of B and C, the keys and queries
     n_groups             pairs of B and C; a divisor of n_heads. The norm is taken over each group's channels
+    norm_eps             None: no norm after the gate (Falcon-H1)
+    dt_min               steps are at least this long (Nemotron-H)
     """
 
     def __init__(
@@ -38,7 +40,8 @@ class Mamba2(nn.Module):
         n_groups: int = 1,
         d_conv: int = 4,
         conv_bias: bool = True,
-        norm_eps: float = 1e-5,
+        norm_eps: float | None = 1e-5,
+        dt_min: float = 0.0,
     ):
         super().__init__()
         if n_heads % n_groups:
@@ -48,9 +51,9 @@ class Mamba2(nn.Module):
         self.widths = [d_inner, n_groups * d_state, n_groups * d_state]
         self.in_proj = nn.Linear(d_model, d_inner + sum(self.widths) + n_heads, bias=False)
         self.conv = ShortConvolution(sum(self.widths), d_conv, bias=conv_bias)
-        self.decay = Decay(n_heads)
+        self.decay = Decay(n_heads, dt_min=dt_min)
         self.D = nn.Parameter(torch.ones(n_heads))
-        self.o_norm = GroupedRMSNorm(d_inner, n_groups, norm_eps)
+        self.o_norm = nn.Identity() if norm_eps is None else GroupedRMSNorm(d_inner, n_groups, norm_eps)
         self.o_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:

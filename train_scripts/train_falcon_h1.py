@@ -1,0 +1,17 @@
+"""Train `falcon_h1` (llm/models/case_studies/falcon_h1.py); `--help` names every flag."""
+
+from llm.data.files import open_tokens
+from llm.models.case_studies.falcon_h1 import FalconH1
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse_arguments(FalconH1.Config, arguments)
+    data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
+    train(FalconH1, settings.model_for(data), settings.train, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Train `mamba2_lm` (llm/models/case_studies/mamba.py); `--help` names every flag."""
+
+from llm.data.files import open_tokens
+from llm.models.case_studies.mamba import Mamba2LM
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse_arguments(Mamba2LM.Config, arguments)
+    data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
+    train(Mamba2LM, settings.model_for(data), settings.train, data)
+
+
+if __name__ == "__main__":
+    main()
