@@ -8,6 +8,7 @@ from llm.hub.maps import (
     glm4_moe,
     gpt2,
     gpt_oss,
+    lfm2,
     llama,
     ministral3,
     mistral,
@@ -34,6 +35,7 @@ FAMILIES = (
     glm4_moe,
     mixtral,
     gpt_oss,
+    lfm2,
     diffusion,
 )
 PUBLISHED: dict[type[Transformer], Published] = {
