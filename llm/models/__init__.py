@@ -15,6 +15,7 @@ from llm.models.case_studies.gemma import Gemma, Gemma2, Gemma3
 from llm.models.case_studies.glm4_moe import GLM4MoE
 from llm.models.case_studies.gpt2 import GPT2
 from llm.models.case_studies.gpt_oss import GPTOSS
+from llm.models.case_studies.granitemoehybrid import GraniteMoEHybrid
 from llm.models.case_studies.lfm2 import LFM2
 from llm.models.case_studies.llada import LLaDA
 from llm.models.case_studies.llama import Llama
@@ -134,6 +135,7 @@ MODELS: dict[str, type[Transformer]] = {
     "glm4_moe": GLM4MoE,
     "gpt_oss": GPTOSS,
     "lfm2": LFM2,
+    "granitemoehybrid": GraniteMoEHybrid,
     "llada": LLaDA,
     "dream": Dream,
 }

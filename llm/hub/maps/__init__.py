@@ -8,6 +8,7 @@ from llm.hub.maps import (
     glm4_moe,
     gpt2,
     gpt_oss,
+    granitemoehybrid,
     lfm2,
     llama,
     ministral3,
@@ -36,6 +37,7 @@ FAMILIES = (
     mixtral,
     gpt_oss,
     lfm2,
+    granitemoehybrid,
     diffusion,
 )
 PUBLISHED: dict[type[Transformer], Published] = {
