@@ -28,6 +28,7 @@ from llm.models.case_studies.phi3 import Phi3
 from llm.models.case_studies.qwen2_moe import Qwen2MoE
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
+from llm.models.case_studies.recurrent_gemma import RecurrentGemma
 from llm.models.case_studies.smollm3 import SmolLM3
 from llm.models.delta_net import DeltaNetDecoder
 from llm.models.flash_attention import FlashAttentionDecoder
@@ -136,6 +137,7 @@ MODELS: dict[str, type[Transformer]] = {
     "gpt_oss": GPTOSS,
     "lfm2": LFM2,
     "granitemoehybrid": GraniteMoEHybrid,
+    "recurrent_gemma": RecurrentGemma,
     "llada": LLaDA,
     "dream": Dream,
 }

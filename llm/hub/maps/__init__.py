@@ -17,6 +17,7 @@ from llm.hub.maps import (
     olmo2,
     phi3,
     qwen3,
+    recurrent_gemma,
     smollm3,
 )
 from llm.hub.tables import Published
@@ -38,6 +39,7 @@ FAMILIES = (
     gpt_oss,
     lfm2,
     granitemoehybrid,
+    recurrent_gemma,
     diffusion,
 )
 PUBLISHED: dict[type[Transformer], Published] = {
