@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import redraw
+from conftest import redraw, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
