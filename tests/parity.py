@@ -1,5 +1,6 @@
 """What the tests of case studies share: a tiny model of transformers, every number re-drawn, and its twin of ours."""
 
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,13 @@ def twins(folder: Path, architecture: str, **config) -> tuple:
     return theirs, load_pretrained(folder / "theirs")
 
 
+def rewrite(folder: Path, without: tuple[str, ...] = (), **fields) -> None:
+    """Change the config.json of a checkpoint."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text(encoding="utf-8")), **fields}
+    file.write_text(json.dumps({name: config[name] for name in config.keys() - set(without)}), encoding="utf-8")
+
+
 def draw_tokens(n_tokens: int, rows: int = 2, seed: int = 1) -> torch.Tensor:
     return torch.randint(VOCABULARY, (rows, n_tokens), generator=torch.Generator().manual_seed(seed))
 
@@ -68,6 +76,17 @@ def assert_same_logits(theirs, ours: Transformer, n_tokens: int = 40) -> None:
     found, kind = ours(tokens), theirs.config.model_type
     LARGEST[kind] = max(LARGEST.get(kind, 0.0), (found - expected).abs().max().item())
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def assert_same_logits_padded(theirs, ours: Transformer, padding: tuple[int, ...] = (0, 5, 11)) -> None:
+    """A batch of texts of different lengths, padded on the left: ours through the cache, theirs with a mask."""
+    tokens = draw_tokens(24, rows=len(padding))
+    seen = torch.arange(24) >= torch.tensor(padding)[:, None]
+    expected = theirs(tokens, attention_mask=seen.long(), use_cache=False).logits
+    cache = ours.make_cache(len(tokens), 24, torch.tensor(padding))
+    found = torch.cat([ours(part, cache) for part in tokens.split([13, 1, 1, 9], 1)], 1)
+    torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=2e-5)
 
 
 @torch.no_grad()

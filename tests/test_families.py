@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
-from parity import assert_parity, assert_same_logits, draw_tokens, original, twins
+from parity import assert_parity, assert_same_logits, draw_tokens, original, rewrite, twins
 from safetensors.torch import load_file, save_file
 
 from llm.analysis.accounting import active_parameters
@@ -130,13 +130,6 @@ def test_longrope_gives_each_text_of_a_batch_the_angles_of_its_own_length():
     tokens, padding = draw_tokens(24), torch.tensor([0, 12])
     together = model(tokens, model.make_cache(2, 24, padding))
     torch.testing.assert_close(together[1:, 12:], model(tokens[1:, 12:]), rtol=0, atol=1e-5)
-
-
-def rewrite(folder, without=(), **fields) -> None:
-    """Change the config.json of a checkpoint."""
-    file = folder / "config.json"
-    config = {**json.loads(file.read_text(encoding="utf-8")), **fields}
-    file.write_text(json.dumps({name: config[name] for name in config.keys() - set(without)}), encoding="utf-8")
 
 
 DEEPSEEK = dict(

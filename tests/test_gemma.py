@@ -1,11 +1,9 @@
 """Gemma 2 and 3 are transformers' Gemma 2 and 3, past their windows and in every spelling of their settings."""
 
-import json
-
 import pytest
 import torch
 from conftest import tiny_model
-from parity import EAGER, assert_parity, assert_same_logits, draw_tokens, original, twins
+from parity import EAGER, assert_parity, assert_same_logits, draw_tokens, original, rewrite, twins
 
 from llm.hub.maps import PUBLISHED, SIZES
 from llm.hub.tables import PretrainedError, read_config
@@ -63,13 +61,6 @@ def test_positions_are_scaled_in_global_layers_only_beyond_the_trained_length_to
     theirs, ours = twins(tmp_path, "Gemma3ForCausalLM", **wide, **settings)
     assert ours.config.rope_scaling["rope_type"] == rope_type and ours.config.local_rope_theta == 100.0
     assert_same_logits(theirs, ours)
-
-
-def rewrite(folder, without=(), **fields):
-    """Change the config.json of a checkpoint."""
-    file = folder / "config.json"
-    config = {**json.loads(file.read_text(encoding="utf-8")), **fields}
-    file.write_text(json.dumps({name: config[name] for name in config.keys() - set(without)}), encoding="utf-8")
 
 
 def test_the_spelling_of_the_first_gemma3_files_means_the_same(tmp_path):

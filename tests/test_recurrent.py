@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import redraw
+from conftest import redraw, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -408,4 +408,14 @@ def test_a_kernel_is_believed_where_it_agrees_and_the_report_says_why_not(kind, 
         return o, state.mT
 
     assert fla.largest_difference(kind, per_channel, wrong, cpu, torch.float32) > 0.1
-    assert "no CUDA device" in fla.kernel_report(cpu)
+
+
+@pytest.mark.parametrize(
+    "name, kinds",
+    [("baseline", ()), ("lfm2", ()), ("mamba2", ("linear_attention",)), ("hybrid", ("delta_rule",))],
+)
+def test_a_run_says_which_of_its_recurrences_have_a_kernel_and_why_not(name, kinds):
+    report = fla.kernel_report(tiny_model(name), torch.device("cpu"))
+    assert [part.split()[0] for part in report.split("; ")] == [kind for kind in kinds for _ in range(2)] or not kinds
+    assert report.count("chunks, no CUDA device") == 2 * len(kinds)
+    assert bool(report) == bool(kinds)

@@ -127,11 +127,13 @@ class Column:
         if framed:
             self.close(frame)
 
-    def frame(self, title: str, style: str, x: float) -> Box:
-        """An open frame with a bar for its title; the stream enters the bar."""
+    def frame(self, title: str, style: str, x: float, short: str = "") -> Box:
+        """An open frame with a bar for its title, or `short` where the title is too long; the stream enters the bar."""
         right = self.left + self.columns + (PADDING if x > MARGIN or not self.deep else 2 * PADDING)
         frame = Box(x, self.y, right - x, 0, style, label=title)
         line = shorten(title, "title", frame.width - 2 * PADDING)
+        if line != title and short:
+            line = shorten(short, "title", frame.width - 2 * PADDING)
         frame.texts.append(Text(x + PADDING, self.y + 19, line, "title"))
         self.scene.boxes.append(frame)
         self.scene.lines.append(Line(((self.centre, self.tip), (self.centre, frame.y))))
@@ -149,11 +151,11 @@ class Column:
         short = f"{times} × {(distinction(block, others) or [block.title])[0]}"
         x = MARGIN + (PADDING if self.deep else 0)
         if block in self.drawn:
-            frame = self.frame(f"{short}, as above", "block", x)
+            frame = self.frame(f"{short}, as above", "block", x, f"{short}, above")
             frame.height = BAR
             self.tip, self.y = frame.bottom, frame.bottom + GAP
             return
-        frame = self.frame(title, "block", x)
+        frame = self.frame(title, "block", x, short)
         frame.number = len(self.drawn)
         self.drawn.append(block)
         self.y = frame.y + BAR + GAP

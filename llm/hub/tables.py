@@ -16,8 +16,10 @@ that turns their tensor into ours. Export applies the inverse operation.
 `{layer}` is a number and `*` any text, the same on both sides. `[{expert}]` takes slices of our tensor, one for each
 expert. So experts that are stacked here and separate there are copied one at a time, without memory for a second stack.
 A row whose tensors the model does not have (biases, an untied head, experts) is skipped, so a table needs no
-conditions. If several rows match a tensor, loading uses the first row that has a name in the checkpoint, so one table
-can read two layouts. Export uses the first row, so rows with `*` come last.
+conditions. A row with several of our names is skipped where one of them is missing: `o_proj` beside `in_proj`, in a
+recurrent layer, may so have another name there than `o_proj` of an attention layer. If several rows match a tensor,
+loading uses the first row that has a name in the checkpoint, so one table can read two layouts. Export uses the first
+row, so rows with `*` come last.
 
 Fields. A field is (ours, theirs, default): the name here, the name in config.json, and the value that transformers uses
 if config.json has none. A default that is a string names another field of ours. `required` lists fields for which our

@@ -16,7 +16,9 @@ from llm.models.case_studies.gemma import Gemma, Gemma2, Gemma3
 from llm.models.case_studies.glm4_moe import GLM4MoE
 from llm.models.case_studies.gpt2 import GPT2
 from llm.models.case_studies.gpt_oss import GPTOSS
+from llm.models.case_studies.granitemoehybrid import GraniteMoEHybrid
 from llm.models.case_studies.jamba import Jamba
+from llm.models.case_studies.lfm2 import LFM2
 from llm.models.case_studies.llada import LLaDA
 from llm.models.case_studies.llama import Llama
 from llm.models.case_studies.mamba import Mamba2LM, MambaLM
@@ -30,6 +32,7 @@ from llm.models.case_studies.phi3 import Phi3
 from llm.models.case_studies.qwen2_moe import Qwen2MoE
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
+from llm.models.case_studies.recurrent_gemma import RecurrentGemma
 from llm.models.case_studies.smollm3 import SmolLM3
 from llm.models.delta_net import DeltaNetDecoder
 from llm.models.flash_attention import FlashAttentionDecoder
@@ -141,6 +144,9 @@ MODELS: dict[str, type[Transformer]] = {
     "jamba": Jamba,
     "nemotron_h": NemotronH,
     "falcon_h1": FalconH1,
+    "lfm2": LFM2,
+    "granitemoehybrid": GraniteMoEHybrid,
+    "recurrent_gemma": RecurrentGemma,
     "llada": LLaDA,
     "dream": Dream,
 }

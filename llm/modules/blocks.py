@@ -1,6 +1,7 @@
 """Blocks: how attention (or another mixer), a feed-forward layer and their norms connect to the residual stream.
 
     pre-norm         x + f(norm(x))              the stream is not normalised: gradients flow through the sums unchanged
+    scaled           x + r f(norm(x))            Granite: r < 1, so that no layer changes the stream much
     post-norm        norm(x + f(x))              the original Transformer: each norm rescales the gradient
     output norm      x + norm(f(x))              OLMo 2: the norm's gain limits what a layer adds
     sandwich norm    x + norm'(f(norm(x)))       Gemma 2 and 3: a norm before f and one after it
@@ -55,6 +56,22 @@ class FFNBlock(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
         return x + self.ffn(self.ffn_norm(x))
+
+
+class ScaledBlock(Block):
+    """Pre-norm block that multiplies what each sublayer adds by a constant `scale`, so that deep models train stably at
+    a learning rate chosen for others. Tensor Programs VI: Feature Learning in Infinite-Depth Neural Networks, arXiv
+    2310.02244; Granite."""
+
+    title = "Pre-norm, scaled"
+
+    def __init__(self, mixer: nn.Module, ffn: nn.Module, norm: Callable[[], nn.Module], scale: float):
+        super().__init__(mixer, ffn, norm)
+        self.scale = scale
+
+    def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
+        x = x + self.scale * self.mixer(self.mixer_norm(x), positions, cache)
+        return x + self.scale * self.ffn(self.ffn_norm(x))
 
 
 class PostNormBlock(Block):

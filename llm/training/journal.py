@@ -15,6 +15,7 @@ from llm.config import TrainConfig
 from llm.data.files import Data, load_tokenizer
 from llm.generate.text import encode_prompt, write
 from llm.models.transformer import Transformer
+from llm.modules.kernels.fla import kernel_report
 from llm.training.checkpoint import save_checkpoint
 from llm.training.device import Machine
 from llm.training.evaluate import in_words, is_bound
@@ -67,6 +68,9 @@ class Journal:
         print(
             f"machine     {self.machine.name}, {self.machine.precision}{', compiled' if self.machine.compile else ''}"
         )
+        dtype = torch.bfloat16 if self.machine.bf16 else torch.float32
+        if kernels := kernel_report(self.model, self.machine.device, dtype):
+            print(f"kernels     {kernels}")
         print(f"repeatable  {self.machine.repeatable}")
         print(f"run         {c.out}{f', going on after step {done}' if done else ''}", flush=True)
 

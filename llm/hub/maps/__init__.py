@@ -9,7 +9,9 @@ from llm.hub.maps import (
     glm4_moe,
     gpt2,
     gpt_oss,
+    granitemoehybrid,
     jamba,
+    lfm2,
     llama,
     mamba,
     ministral3,
@@ -19,6 +21,7 @@ from llm.hub.maps import (
     olmo2,
     phi3,
     qwen3,
+    recurrent_gemma,
     smollm3,
 )
 from llm.hub.tables import Published
@@ -42,6 +45,9 @@ FAMILIES = (
     jamba,
     nemotron_h,
     falcon_h1,
+    lfm2,
+    granitemoehybrid,
+    recurrent_gemma,
     diffusion,
 )
 PUBLISHED: dict[type[Transformer], Published] = {

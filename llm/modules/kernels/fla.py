@@ -2,16 +2,18 @@
 
 A kernel is believed once it has given what the chunked form gives on random inputs, on its first use with a device and
 dtype. Otherwise the chunked form computes, and `kernel_report` says why. RWKV-7's update has no kernel here.
+The names and arguments are those of fla-core 0.6.0.
 Flash Linear Attention, github.com/fla-org/flash-linear-attention.
 """
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.modules.kernels.chunks import chunked_delta_rule, chunked_linear_attention
@@ -25,13 +27,17 @@ KERNELS = {  # by the width of the decay: one for a head, or one for each channe
 }
 
 
-def kernel_report(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """One line for the start of a run: which recurrences have a kernel, and why others have not."""
+def kernel_report(model: nn.Module, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+    """One line for the start of a run: whether the recurrences of `model` have a kernel, and why not. "" without such
+    recurrences."""
+    files = {type(module).__module__ for module in model.modules() if ".recurrent." in type(module).__module__}
+    used = {kind for kind in CHUNKED for file in files if hasattr(sys.modules[file], kind)}
     parts = []
     for kind, per_channel in KERNELS:
-        reason = why_not(kind, per_channel, device, dtype)
-        decay = "channel" if per_channel else "head"
-        parts.append(f"{kind} (decay by {decay}): {f'chunks, {reason}' if reason else 'fla-core'}")
+        if kind in used:
+            reason = why_not(kind, per_channel, device, dtype)
+            decay = "channel" if per_channel else "head"
+            parts.append(f"{kind} (decay by {decay}): {f'chunks, {reason}' if reason else 'fla-core'}")
     return "; ".join(parts)
 
 

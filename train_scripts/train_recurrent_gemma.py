@@ -1,0 +1,17 @@
+"""Train `recurrent_gemma` (llm/models/case_studies/recurrent_gemma.py); `--help` names every flag."""
+
+from llm.data.files import open_tokens
+from llm.models.case_studies.recurrent_gemma import RecurrentGemma
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse_arguments(RecurrentGemma.Config, arguments)
+    data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
+    train(RecurrentGemma, settings.model_for(data), settings.train, data)
+
+
+if __name__ == "__main__":
+    main()
