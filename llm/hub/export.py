@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, processors
 
 from llm.data.files import load_tokenizer
 from llm.data.stories import END_OF_TEXT
+from llm.hub.chat_template import CHAT_TEMPLATE, MORE_TEMPLATES
 from llm.hub.folder import (
     CONFIG,
     GENERATION_CONFIG,
@@ -37,7 +38,7 @@ from llm.models.transformer import Transformer
 
 SHARD_BYTES = 5_000_000_000
 PADDING = {"padding_side": "left"}  # new tokens come on the right; tokenizers of transformers pad there by themselves
-ABOUT_TEXT = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json", "chat_template.jinja")
+ABOUT_TEXT = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE)
 
 
 def export_pretrained(
@@ -94,6 +95,8 @@ def copy_tokenizer(folder: Path, source: Path, config: dict[str, Any]) -> None:
     for name in ABOUT_TEXT:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES)
     write_json(folder / TOKENIZER_CONFIG, PADDING | read_json(source / TOKENIZER_CONFIG, optional=True))
 
 
