@@ -131,7 +131,8 @@ def write_results(results: dict, out: Path) -> None:
     for part in results["parts"]:
         verdict = "done" if part["status"] == 0 else f"FAILED ({part['status']})"
         text.append(f"\n## {part['name']}: {verdict} in {part['seconds']:.0f} s\n")
-        log = (out / f"{part['name']}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        raw = (out / f"{part['name']}.log").read_bytes().decode(errors="replace")
+        log = [line.rsplit("\r", 1)[-1] for line in raw.rstrip("\r\n").split("\n")]  # of a bar, how it ended
         text += ["```", *log[-25 if part["status"] == 0 else -60 :], "```"]
     write_atomically(out / "results.json", json.dumps(results, indent=2).encode())
     write_atomically(out / "results.md", "\n".join([*text, ""]).encode())

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from llm.console import console
-from llm.data.stories import END_OF_TEXT
+from llm.data.stories import END_OF_TEXT, wide_encoding
 from llm.generate.load import load_run
 from llm.generate.text import end_of_text
 from llm.models.transformer import Transformer
@@ -74,7 +74,10 @@ class Result:
 def read_stories(file: Path) -> list[str]:
     """The stories of a text file. Raises ValueError for a file that cannot be read, or that holds no text."""
     try:
-        text = file.read_text(encoding="utf-8")
+        raw = file.read_bytes()
+        if name := wide_encoding(raw):
+            raise ValueError(f"{file} is {name}: convert it (iconv -f {name} -t UTF-8 {file} > new.txt) (--text)")
+        text = raw.decode("utf-8-sig")  # without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as UTF-8 text: {error} (--text)") from None
     stories = [story.strip() for story in text.split(END_OF_TEXT) if story.strip()]
@@ -151,7 +154,7 @@ def evaluate_text(
 @console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    flags = tyro.cli(Arguments, args=arguments)
+    flags = tyro.cli(Arguments, args=arguments, prog="python -m llm.evaluate")
     stories = read_stories(flags.text)
     model, tokenizer = load_run(flags.path, find_device(flags.device), flags.max_seq_len)
     print(evaluate_text(model, tokenizer, stories, flags.per, flags.batch_size))

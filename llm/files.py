@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from io import IOBase
@@ -38,6 +39,34 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
 
 
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends; after an error nothing of it is left.
+
+    `target` may be missing or an empty folder. Several processes may write the same target: the first to end wins, and
+    the others raise OSError. A locked file beside the folder, with the same name, says that its process lives.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    owner = new_file(target)
+    folder = folder_of(Path(owner.name))
+    try:
+        folder.mkdir()
+        yield folder
+        with contextlib.suppress(FileNotFoundError):  # Windows renames no folder to one that exists, even if empty
+            target.rmdir()
+        os.replace(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        owner.close()
+        Path(owner.name).unlink(missing_ok=True)
+
+
+def folder_of(owner: Path) -> Path:
+    """The folder that a temporary file stands for, where it stands for one."""
+    return owner.with_suffix(".folder")
+
+
 def new_file(target: Path) -> BinaryIO:
     """An empty, locked file beside `target`, with a name that no other process has."""
     while True:
@@ -61,11 +90,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove the temporary files of `target` that no living process has locked."""
+    """Remove the temporary files and folders of `target` that no living process has locked."""
     for path in target.parent.glob(f"{target.name}.*.tmp"):
         with contextlib.suppress(OSError):
             with open(path, "rb") as file:
                 lock(file)
+                shutil.rmtree(folder_of(path), ignore_errors=True)
                 if os.name != "nt":
                     path.unlink()  # while it is locked: a process that has just made it sees that it is gone
             path.unlink(missing_ok=True)  # Windows removes closed files only

@@ -1,6 +1,8 @@
 """The benchmarks: contestants in turn, and rivals that do the same work. No test here measures time."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +95,54 @@ def test_every_benchmark_explains_its_flags(script, capsys, monkeypatch):
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert script == "gpu" or any(flag in said for flag in ("--turns", "--megabytes", "--fast-memory"))
+
+
+def test_a_part_of_the_gpu_job_ends_at_its_limit_and_what_is_done_is_written(tmp_path, monkeypatch):
+    """The second part runs for ever, in a child of its own, too; the results of the first stand by then."""
+    gpu = load(BENCHMARKS / "gpu.py")
+    child = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]])"
+    )
+    look = "import sys; print('bar  10%\\rbar 100%'); print(open(sys.argv[1]).read() if len(sys.argv) > 1 else 'first')"
+    written, mark = tmp_path / "results.md", "a-child-of-" + tmp_path.name
+    parts = [
+        gpu.Part("one", 60, ["-c", look]),
+        gpu.Part("for-ever", 2, ["-c", child, mark]),
+        gpu.Part("broken", 60, ["-c", "raise SystemExit(3)"]),
+        gpu.Part("last", 60, ["-c", look, str(written)]),
+    ]
+    monkeypatch.setattr(gpu, "all_parts", lambda flags: parts)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cuda", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu, "find_device", torch.device)
+    monkeypatch.setattr(gpu, "machine_line", lambda device: "a GPU")
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 1
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {part["name"]: part["status"] for part in found["parts"]} == {
+        "one": 0,
+        "for-ever": "stopped after 2 s",
+        "broken": 3,
+        "last": 0,
+    }
+    text = written.read_text()
+    assert "first" in text and "bar 100%" in text and "bar  10%" not in text
+    assert "## for-ever: FAILED (stopped after 2 s)" in (tmp_path / "last.log").read_text()
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in read(p)]
+
+
+def read(path):
+    """The bytes of a file; none where it is gone."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_the_parts_of_the_gpu_job_take_eight_minutes_and_have_a_name_each(tmp_path):
+    gpu = load(BENCHMARKS / "gpu.py")
+    for tiny in (False, True):
+        parts = gpu.all_parts(gpu.Arguments(tiny=tiny, out=tmp_path))
+        assert sum(part.limit for part in parts) <= 480
+        assert len({part.name for part in parts}) == len(parts)
+        assert all((BENCHMARKS.parent / part.words[0]).exists() or part.words[0] == "-m" for part in parts)

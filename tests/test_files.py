@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from llm.files import fingerprint, replacing, sha256, tensor_problems, waiting_lock, write_atomically
+from llm.files import fingerprint, replacing, replacing_folder, sha256, tensor_problems, waiting_lock, write_atomically
 
 
 def test_readers_see_the_old_content_until_the_new_is_whole(tmp_path):
@@ -88,6 +88,43 @@ def test_a_waiting_lock_is_held_by_one_process_at_a_time_and_leaves_nothing(tmp_
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert os.listdir(tmp_path) == []
+
+
+def fill(target, content, ready, go_on):
+    with replacing_folder(target) as folder:
+        (folder / "a").write_text(content)
+        ready.set()
+        go_on.wait()
+        (folder / "b").write_text(content)
+
+
+def test_several_processes_may_write_one_folder_and_the_first_to_end_wins(tmp_path):
+    fork, target = multiprocessing.get_context("fork"), tmp_path / "out"
+    target.mkdir()  # an empty one may be there
+    (tmp_path / "out.tmp").mkdir()  # of the user
+    ready, go_on = [fork.Event() for _ in range(3)], [fork.Event() for _ in range(3)]
+    writers = [fork.Process(target=fill, args=(target, str(i), ready[i], go_on[i])) for i in range(3)]
+    for writer, event in zip(writers, ready, strict=True):
+        writer.start()
+        event.wait()
+    for i in (1, 0):
+        go_on[i].set()
+        writers[i].join()
+    assert [writer.exitcode for writer in writers[:2]] == [1, 0]
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "1", "b": "1"}
+    writers[2].kill()
+    writers[2].join()
+    assert len(list(tmp_path.iterdir())) == 4  # with a folder and a file of the killed one
+    with pytest.raises(OSError, match="not empty"), replacing_folder(target) as folder:
+        (folder / "a").write_text("3")
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.tmp"] and (target / "b").read_text() == "1"
+
+
+def test_an_error_leaves_no_folder(tmp_path):
+    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "new" / "out") as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_fingerprint_is_size_and_sha256(tmp_path):

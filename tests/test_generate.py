@@ -117,6 +117,18 @@ def test_a_prompt_longer_than_the_context_is_refused_and_one_that_fills_it_gets_
     assert list(generate_tokens(model, [[1] * 64], 5, greedy, stop=0)) == [[expected]]
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_context_of_11_tokens_gives_every_token_that_it_has_positions_for(name):
+    """A prompt of n tokens and what follows fill the 11 positions, and the last one predicts one token more."""
+    model = tiny_model(name, max_seq_len=11)
+    for n in (1, 5, 11):
+        prompt = torch.randint(VOCABULARY, (1, n), generator=torch.Generator().manual_seed(n))
+        steps = generate_tokens(model, prompt.tolist(), 100, greedy, stop=-1)
+        text = torch.cat([prompt, torch.tensor([[token for (token,) in steps]])], 1)
+        assert text.shape == (1, 12)
+        assert torch.equal(model(text[:, :11])[0, n - 1 :].argmax(-1), text[0, n:])
+
+
 def test_streamed_pieces_add_up_to_the_text_even_where_a_character_takes_several_tokens():
     tokenizer = train_bpe(["a b c"], 257)
     text = "é 🙂 a"

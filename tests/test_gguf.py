@@ -29,10 +29,10 @@ FAMILIES = {
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 
 
-def write_gguf(folder, family: str, quantised: bool):
-    """A tiny model of transformers as llama.cpp would convert it; returns (theirs, the file)."""
+def write_gguf(folder, family: str, quantised: bool, add=lambda writer: None, **sizes):
+    """A tiny model of transformers as llama.cpp would convert it; returns (theirs, the file). `add` writes more."""
     architecture, config = FAMILIES[family]
-    theirs = original(architecture, **SHAPE | config)
+    theirs = original(architecture, **SHAPE | config | sizes)
     c, file = theirs.config, folder / "model.gguf"
     writer = gguf.GGUFWriter(file, family)
     writer.add_vocab_size(c.vocab_size)
@@ -69,6 +69,7 @@ def write_gguf(folder, family: str, quantised: bool):
             writer.add_tensor(f"{ends.get(stem, stem)}.{kind}", gguf.quantize(data, q8), raw_dtype=q8)
         else:
             writer.add_tensor(f"{ends.get(stem, stem)}.{kind}", data)
+    add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

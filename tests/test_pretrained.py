@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import shutil
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -733,6 +736,28 @@ def test_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, mon
     assert list(tmp_path.iterdir()) == [out] and not list(out.iterdir())
     export_pretrained(tiny_llama(), out)
     assert same_parameters(load_pretrained(out), tiny_llama())
+
+
+def test_several_exports_to_one_folder_give_one_whole_model_and_named_refusals(tmp_path):
+    """The fixed name of the folder that was written let each remove the files of the others."""
+    out = tmp_path / "out"
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "notes.txt").write_text("mine", encoding="utf-8")
+    models, start = [tiny_llama() for _ in range(6)], threading.Barrier(6)
+
+    def export(model):
+        start.wait()
+        try:
+            return export_pretrained(model, out)
+        except PretrainedError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(6) as pool:
+        ends = list(pool.map(export, models))
+    assert ends.count(out) == 1
+    assert all("cannot write" in end or "is not an empty folder" in end for end in ends if end != out)
+    assert same_parameters(load_pretrained(out), tiny_llama())
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.tmp"] and os.listdir(tmp_path / "out.tmp") == ["notes.txt"]
 
 
 WITH_HEADS = [name for name in PAIRS if "n_heads" in PAIRS[name][0].Config.__dataclass_fields__]

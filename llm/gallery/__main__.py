@@ -40,7 +40,7 @@ class Arguments:
 
 @console()
 def main(arguments: list[str] | None = None) -> None:
-    flags = tyro.cli(Arguments, args=arguments)
+    flags = tyro.cli(Arguments, args=arguments, prog="python -m llm.gallery")
     try:
         if flags.model is None:
             write_page(flags.out or page.PAGE)

@@ -2,9 +2,11 @@
 
 python -m llm.generate runs/baseline --prompt "Once upon a time"
 python -m llm.generate path/to/checkpoint --prompt "The capital of France is"        # a folder as the hub has it
+python -m llm.generate path/to/checkpoint --chat                                      # a model that was trained to chat
 """
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,14 +14,18 @@ from typing import Literal
 
 import torch
 import tyro
+from tokenizers import Tokenizer
 
 from llm.console import console
+from llm.generate.chat import converse, read_messages, stream
 from llm.generate.compile import compile_decoding, wants_compiling
 from llm.generate.load import load_run
 from llm.generate.sampling import Sampler
 from llm.generate.text import write
+from llm.hub.chat_template import load_chat_template
 from llm.hub.folder import stop_tokens
-from llm.hub.gguf import gguf_stop_tokens
+from llm.hub.gguf_tokenizer import gguf_stop_tokens
+from llm.models.transformer import Transformer
 from llm.modules.diffusion.unmasking import Unmasking
 from llm.training.checkpoint import CheckpointError
 from llm.training.device import find_device
@@ -33,6 +39,13 @@ class Arguments:
     """Run directory, checkpoint, or folder of a published model as the hub has it."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """How the story begins; give the flag several times for several stories."""
+    chat: bool = False
+    """Have a conversation instead, written with the chat template of a published model. The messages come from the
+    terminal, from a pipe, one a line, or from --prompt, each a turn."""
+    system: str | None = None
+    """With --chat: how the model is told to behave, before the first message."""
+    template: str = "default"
+    """With --chat: the name of a chat template, for a model that has several."""
     samples: int = 1
     """Stories for each prompt."""
     max_new_tokens: int = 300
@@ -61,13 +74,17 @@ class Arguments:
             raise ValueError(f"max_seq_len = {self.max_seq_len} must be at least 1 (--max-seq-len)")
         if self.samples < 1 or self.max_new_tokens < 1:
             raise ValueError("samples and max_new_tokens must be at least 1 (--samples, --max-new-tokens)")
-        for prompt in self.prompt:
+        if self.chat and self.samples > 1:
+            raise ValueError(f"samples = {self.samples}, but a conversation goes on with one answer (--samples)")
+        if not self.chat and (self.system is not None or self.template != "default"):
+            raise ValueError("a system message and a chat template belong to a conversation: add --chat")
+        for flag, text in [("prompt", each) for each in self.prompt] + [("system", self.system or "")]:
             try:
-                prompt.encode()
+                text.encode()
             except UnicodeEncodeError:  # Python marks the bytes of a command that are not UTF-8 with surrogates
                 raise ValueError(
-                    f"the prompt {prompt!a} is not valid UTF-8: set the terminal to UTF-8, or convert the text with "
-                    "iconv -f LATIN1 -t UTF-8 before it is given to --prompt"
+                    f"the {flag} {text!a} is not valid UTF-8: set the terminal to UTF-8, or convert the text with "
+                    f"iconv -f LATIN1 -t UTF-8 before it is given to --{flag}"
                 ) from None
 
     def sampler(self, rows: int, device: torch.device | str = "cpu") -> Sampler:
@@ -81,14 +98,25 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: stream one story, or print several, each under its number."""
     flags = tyro.cli(Arguments, args=arguments, prog="python -m llm.generate")
     device = find_device(flags.device)
+    template = load_chat_template(flags.path, flags.template) if flags.chat else None
     model, tokenizer = load_run(flags.path, device, flags.max_seq_len)
     if not model.causal:
         model.unmasking = flags.unmasking
     if wants_compiling(flags.compile, device):
         compile_decoding(model, insist=flags.compile == "on")
-    prompts = [prompt for prompt in flags.prompt or ("Once upon a time",) for _ in range(flags.samples)]
-    sampler = flags.sampler(len(prompts), device)
     stop = gguf_stop_tokens(flags.path) or stop_tokens(flags.path)
+    if template is None:
+        return tell(flags, model, tokenizer, stop)
+    end = tokenizer.token_to_id(template.special_tokens.get("eos_token", ""))
+    stop = {*stop, *([] if end is None else [end])}
+    messages = flags.prompt or read_messages(sys.stdin)
+    converse(model, tokenizer, template, messages, flags.max_new_tokens, flags.sampler(1, device), stop, flags.system)
+
+
+def tell(flags: Arguments, model: Transformer, tokenizer: Tokenizer, stop: Collection[int]) -> None:
+    """Continue each prompt, `samples` times."""
+    prompts = [prompt for prompt in flags.prompt or ("Once upon a time",) for _ in range(flags.samples)]
+    sampler = flags.sampler(len(prompts), model.tok_embed.weight.device)
     say_full = partial(explain_limit, model.config.max_seq_len)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
@@ -103,11 +131,6 @@ def main(arguments: list[str] | None = None) -> None:
 def explain_limit(max_seq_len: int) -> None:
     """Say why a text has no end."""
     print(f"\n(stopped at max_seq_len = {max_seq_len}, the longest text this model was built for)", file=sys.stderr)
-
-
-def stream(row: int, text: str) -> None:
-    """Print a piece of text at once."""
-    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

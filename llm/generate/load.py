@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from llm.data.files import TOKENIZER_FILE, load_tokenizer
 from llm.hub.folder import is_hub_folder, load_hub_tokenizer
 from llm.hub.gguf import GGUFFile, find_gguf
+from llm.hub.gguf_tokenizer import gguf_tokenizer
 from llm.hub.load import load_pretrained
 from llm.models import MODELS
 from llm.models.transformer import Transformer
@@ -31,7 +32,7 @@ def load_run(path: Path, device: torch.device, max_seq_len: int | None = None) -
     model; PretrainedError for a hub folder that cannot be read.
     """
     if file := find_gguf(path):
-        return load_pretrained(file, device=device, max_seq_len=max_seq_len), GGUFFile(file).tokenizer()
+        return load_pretrained(file, device=device, max_seq_len=max_seq_len), gguf_tokenizer(GGUFFile(file))
     if is_hub_folder(path):
         return load_pretrained(path, device=device, max_seq_len=max_seq_len), load_hub_tokenizer(path)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path

@@ -27,8 +27,23 @@ def write(
     pieces are the continuation. `on_full()` is called at the end if max_seq_len cut a text short. `stop` are the tokens
     that end a text; without any, `<|endoftext|>` does if the tokenizer has it.
     """
-    stop = set(stop or end_of_text(tokenizer))
     beginnings = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    texts = write_after(model, tokenizer, beginnings, max_new_tokens, sampler, on_text, on_full, stop)
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def write_after(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    beginnings: list[list[int]],
+    max_new_tokens: int,
+    sampler: Callable[[Tensor], Tensor] = greedy,
+    on_text: Callable[[int, str], None] = lambda row, text: None,
+    on_full: Callable[[], None] = lambda: None,
+    stop: Collection[int] = (),
+) -> list[str]:
+    """The continuations of texts that are given as tokens; otherwise as `write`."""
+    stop = set(stop or end_of_text(tokenizer))
     streams = [TextStream(tokenizer, beginning) for beginning in beginnings]
     length = max(map(len, beginnings))
     for step in generate_tokens(model, beginnings, max_new_tokens, sampler, stop):
@@ -41,7 +56,7 @@ def write(
             on_text(row, piece)
     if length > model.config.max_seq_len and any(token is not None and token not in stop for token in step):
         on_full()
-    return [prompt + stream.written for prompt, stream in zip(prompts, streams, strict=True)]
+    return [stream.written for stream in streams]
 
 
 class TextStream:

@@ -7,7 +7,6 @@ The tables in llm/hub/maps/ are applied backwards. The folder is written whole o
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from tokenizers import Tokenizer, processors
 
 from llm.data.files import load_tokenizer
 from llm.data.stories import END_OF_TEXT
+from llm.files import replacing_folder
+from llm.hub.chat_template import CHAT_TEMPLATE, MORE_TEMPLATES
 from llm.hub.folder import (
     CONFIG,
     GENERATION_CONFIG,
@@ -37,7 +38,7 @@ from llm.models.transformer import Transformer
 
 SHARD_BYTES = 5_000_000_000
 PADDING = {"padding_side": "left"}  # new tokens come on the right; tokenizers of transformers pad there by themselves
-ABOUT_TEXT = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json", "chat_template.jinja")
+ABOUT_TEXT = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE)
 
 
 def export_pretrained(
@@ -47,7 +48,7 @@ def export_pretrained(
 
     If the tokenizer is given as the tokenizer.json of a hub folder, that folder's other files about the beginning and
     the end of a text are copied, too. Raises PretrainedError where no class of transformers computes the same as the
-    model, where transformers refuses its sizes, and where `out` is not empty.
+    model, where transformers refuses its sizes, and where `out` is not empty, or another process fills it meanwhile.
     """
     out, published = Path(out), PUBLISHED.get(type(model))
     if published is None:
@@ -62,22 +63,15 @@ def export_pretrained(
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         source = Path(tokenizer).parent if is_hub_tokenizer(Path(tokenizer)) else None
         tokenizer = load_hub_tokenizer(source) if source else load_tokenizer(tokenizer)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        if source:
-            copy_tokenizer(temporary, source, config)
-        else:
-            write_tokenizer(temporary, tokenizer, config, model.config.max_seq_len)
-        write_weights(temporary, model, published, shard_bytes)
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
+        with replacing_folder(out) as folder:
+            if source:
+                copy_tokenizer(folder, source, config)
+            else:
+                write_tokenizer(folder, tokenizer, config, model.config.max_seq_len)
+            write_weights(folder, model, published, shard_bytes)
     except (OSError, SafetensorError) as error:
         raise PretrainedError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
@@ -94,6 +88,8 @@ def copy_tokenizer(folder: Path, source: Path, config: dict[str, Any]) -> None:
     for name in ABOUT_TEXT:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES)
     write_json(folder / TOKENIZER_CONFIG, PADDING | read_json(source / TOKENIZER_CONFIG, optional=True))
 
 

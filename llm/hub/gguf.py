@@ -7,12 +7,10 @@ gives tensors and sizes the names that the same model has on the hub, so that ll
 neighbouring channels in files of `llama`, so the rows of queries and keys are reordered; it adds 1 to Gemma's gains.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from llm.hub.tables import PretrainedError
@@ -42,13 +40,6 @@ NAMES = {
     **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
 }
 ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-DIGITS = r"\p{N}{1,3}"
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {"llama-bpe": WORDS.replace("DIGITS", DIGITS), "qwen2": WORDS.replace("DIGITS", r"\p{N}")}
-NORMAL, SPECIAL, USER_DEFINED = 1, 3, 4
 
 
 class GGUFFile:
@@ -149,63 +140,6 @@ class GGUFFile:
             x = x - 1
         return x.to(dtype)
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the metadata: byte-level BPE or sentencepiece's BPE. It begins a text as the file says."""
-        kind = self.get("tokenizer.ggml.model")
-        tokens, types = self.get("tokenizer.ggml.tokens"), self.get("tokenizer.ggml.token_type")
-        if kind not in ("gpt2", "llama"):
-            raise PretrainedError(f"{self.path} has a tokenizer of kind {kind!r}: gpt2 and llama are read")
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        tokenizer = self.byte_level(vocabulary) if kind == "gpt2" else self.sentencepiece(vocabulary)
-        for token, its_type in zip(tokens, types, strict=True):
-            if its_type == SPECIAL:
-                tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
-            elif its_type == USER_DEFINED:
-                tokenizer.add_tokens([AddedToken(token, normalized=False)])
-        bos = self.get("tokenizer.ggml.bos_token_id")
-        begins = self.get("tokenizer.ggml.add_bos_token", kind == "llama") and bos is not None
-        special = [(tokens[bos], bos)] if begins else []
-        first = f"{tokens[bos]} $A" if begins else "$A"
-        tokenizer.post_processor = processors.TemplateProcessing(first, special_tokens=special)
-        return tokenizer
-
-    def byte_level(self, vocabulary: Mapping[str, int]) -> Tokenizer:
-        pre = self.get("tokenizer.ggml.pre", "default")
-        merges = [tuple(merge.split(" ", 1)) for merge in self.get("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE(dict(vocabulary), merges, ignore_merges=pre == "llama-bpe"))
-        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        if pre in SPLITS:
-            steps = [pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated"), bytes_only]
-        elif pre == "smollm":
-            steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        elif pre in ("default", "gpt-2"):
-            steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        else:
-            known = ", ".join((*SPLITS, "smollm", "gpt-2"))
-            raise PretrainedError(f"{self.path} splits text by the rule {pre!r}: known are {known}")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        tokenizer.decoder = decoders.ByteLevel()
-        return tokenizer
-
-    def sentencepiece(self, vocabulary: Mapping[str, int]) -> Tokenizer:
-        """sentencepiece merges the pair whose token has the best score, so the scores order the merges."""
-        scores = self.get("tokenizer.ggml.scores")
-        merges = [
-            (-scores[i], vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
-            for token, i in vocabulary.items()
-            for cut in range(1, len(token))
-            if token[:cut] in vocabulary and token[cut:] in vocabulary
-        ]
-        pairs = [(left, right) for *_, left, right in sorted(merges)]
-        unknown = next((token for token in ("<unk>",) if token in vocabulary), None)
-        tokenizer = Tokenizer(models.BPE(dict(vocabulary), pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-        prefix = self.get("tokenizer.ggml.add_space_prefix", True)
-        first = [normalizers.Prepend(SPACE)] if prefix else []
-        tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
-        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
-        return tokenizer
-
 
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that `path` is, or the only one of a folder without a config.json; None where it is neither.
@@ -218,10 +152,3 @@ def find_gguf(path: Path) -> Path | None:
     if len(files) > 1:
         raise PretrainedError(f"{path} holds {len(files)} GGUF files: name one, such as {files[0]}")
     return files[0] if files else None
-
-
-def gguf_stop_tokens(path: Path) -> tuple[int, ...]:
-    """The tokens that end a text of a GGUF file; none where `path` is no such file."""
-    file = find_gguf(path)
-    ends = None if file is None else GGUFFile(file).get("tokenizer.ggml.eos_token_id")
-    return () if ends is None else (ends,)

@@ -1,0 +1,102 @@
+"""What the metadata of a GGUF file say about text: its tokenizer, its end tokens and its chat templates."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from llm.hub.gguf import GGUFFile, find_gguf
+from llm.hub.tables import PretrainedError
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+DIGITS = r"\p{N}{1,3}"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {"llama-bpe": WORDS.replace("DIGITS", DIGITS), "qwen2": WORDS.replace("DIGITS", r"\p{N}")}
+NORMAL, SPECIAL, USER_DEFINED = 1, 3, 4
+
+
+def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
+    """The tokenizer of the metadata: byte-level BPE or sentencepiece's BPE. It begins a text as the file says."""
+    kind = file.get("tokenizer.ggml.model")
+    tokens, types = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.token_type")
+    if kind not in ("gpt2", "llama"):
+        raise PretrainedError(f"{file.path} has a tokenizer of kind {kind!r}: gpt2 and llama are read")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = byte_level(file, vocabulary) if kind == "gpt2" else sentencepiece(file, vocabulary)
+    for token, its_type in zip(tokens, types, strict=True):
+        if its_type == SPECIAL:
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
+        elif its_type == USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    bos = file.get("tokenizer.ggml.bos_token_id")
+    begins = file.get("tokenizer.ggml.add_bos_token", kind == "llama") and bos is not None
+    special = [(tokens[bos], bos)] if begins else []
+    first = f"{tokens[bos]} $A" if begins else "$A"
+    tokenizer.post_processor = processors.TemplateProcessing(first, special_tokens=special)
+    return tokenizer
+
+
+def gguf_chat_templates(file: GGUFFile) -> dict[str, str]:
+    """The chat templates of the metadata by name."""
+    prefix = "tokenizer.chat_template."
+    named = {name.removeprefix(prefix): file.get(name) for name in file.fields if name.startswith(prefix)}
+    default = file.get("tokenizer.chat_template")
+    return named if default is None else named | {"default": default}
+
+
+def gguf_special_tokens(file: GGUFFile) -> dict[str, str]:
+    """The texts of the special tokens that have a name, such as `bos_token`."""
+    tokens, names = file.get("tokenizer.ggml.tokens"), {"unk": "unknown", "sep": "seperator", "pad": "padding"}
+    kinds = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    numbers = {kind: file.get(f"tokenizer.ggml.{names.get(kind, kind)}_token_id") for kind in kinds}
+    return {f"{kind}_token": tokens[number] for kind, number in numbers.items() if number is not None}
+
+
+def byte_level(file: GGUFFile, vocabulary: Mapping[str, int]) -> Tokenizer:
+    pre = file.get("tokenizer.ggml.pre", "default")
+    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(dict(vocabulary), merges, ignore_merges=pre == "llama-bpe"))
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if pre in SPLITS:
+        steps = [pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated"), bytes_only]
+    elif pre == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    elif pre in ("default", "gpt-2"):
+        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        known = ", ".join((*SPLITS, "smollm", "gpt-2"))
+        raise PretrainedError(f"{file.path} splits text by the rule {pre!r}: known are {known}")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece(file: GGUFFile, vocabulary: Mapping[str, int]) -> Tokenizer:
+    """sentencepiece merges the pair whose token has the best score, so the scores order the merges."""
+    scores = file.get("tokenizer.ggml.scores")
+    merges = [
+        (-scores[i], vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
+        for token, i in vocabulary.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    pairs = [(left, right) for *_, left, right in sorted(merges)]
+    unknown = next((token for token in ("<unk>",) if token in vocabulary), None)
+    tokenizer = Tokenizer(models.BPE(dict(vocabulary), pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = file.get("tokenizer.ggml.add_space_prefix", True)
+    first = [normalizers.Prepend(SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    return tokenizer
+
+
+def gguf_stop_tokens(path: Path) -> tuple[int, ...]:
+    """The tokens that end a text, or a turn of a chat, of a GGUF file; none where `path` is no such file."""
+    if (found := find_gguf(path)) is None:
+        return ()
+    file = GGUFFile(found)
+    ends = (file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    return tuple(end for end in ends if end is not None)
