@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
 from test_distributed import TEN_STEPS, equal, flags, on_ranks
-from torch.distributed import fsdp, tensor  # noqa: F401  imported once, before the ranks are forked
+from torch.distributed.fsdp import fully_shard  # noqa: F401  imported once, before the ranks are forked
 from training import at_step, config_of, evaluations, losses, same_weights, train_baseline, weights, write_corpus
 
 from llm.analysis.accounting import sharded_memory
