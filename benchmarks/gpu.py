@@ -1,4 +1,5 @@
-"""The parts of `benchmarks/gpu.sh`: tests, every model against the CPU, decoding, speed beside transformers, training.
+"""The parts of `benchmarks/gpu.sh`: tests, every model against the CPU, decoding, speed beside transformers, training,
+and a sharded run of one rank.
 
 Each part is a process of its own under its own time limit. After each, results.json and results.md are written anew, so
 whatever ends the job leaves the parts before it. The parts are ordered by what is least known.
@@ -75,14 +76,18 @@ def all_parts(flags: Arguments) -> list[Part]:
     text = ["--prompts", "8", "--new-tokens", "4", "--modes", "eager"] if tiny else ["--prompts", "128"]
     sizes = ["--steps", "2", "--tokens-per-step", "256", "--micro-batch-size", "1"] if tiny else ["--steps", "1500"]
     run = ["--sample", *device, *sizes, "--wandb", "off", "--resume", "never", "--out", str(flags.out / "run")]
+    sharded = ["--shard", "--recompute", "--compile", "off", "--steps", "2" if tiny else "50"]  # the last flag counts
+    own_run = [*run[:-1], str(flags.out / "sharded-run"), *sharded]
+    one_rank = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     return [
-        Part("tests", 100, ["-m", "pytest", *tests, *chosen]),
-        Part("models", 110, [*own, "--inside", "models"]),
+        Part("tests", 90, ["-m", "pytest", *tests, *chosen]),
+        Part("models", 100, [*own, "--inside", "models"]),
         Part("decoding", 60, [*own, "--inside", "decoding"]),
         Part("training-17M", 50, ["benchmarks/train.py", *device, *batch, *few]),
         Part("training-124M", 60, ["benchmarks/train.py", *device, "--size", "gpt2", *large, *few]),
-        Part("writing", 40, ["benchmarks/decode.py", *device, "--batches", "1", "16", *text, *few]),
+        Part("writing", 30, ["benchmarks/decode.py", *device, "--batches", "1", "16", *text, *few]),
         Part("a-run", 60, ["train_scripts/train_baseline.py", *run]),
+        Part("sharded", 30, [*one_rank, "train_scripts/train_baseline.py", *own_run]),
     ]
 
 

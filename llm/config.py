@@ -94,10 +94,17 @@ class TrainConfig:
     """torch.compile; auto: on CUDA only."""
     recompute: bool = False
     """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more work."""
+    shard: bool = False
+    """Share weights, gradients and optimiser states out over the ranks of torchrun, for models that outgrow a GPU."""
 
     def __post_init__(self):
         check_positive(self, "steps", "tokens_per_step", "micro_batch_size", "log_every", "eval_every", "eval_windows")
         check_positive(self, "max_lr", "grad_clip", "save_every")
+        if self.shard and self.optimizer == "muon":
+            raise ValueError(
+                "optimizer = 'muon' needs whole matrices, and shard = True gives each rank a part of them: choose "
+                "adamw (--optimizer), or leave out --shard"
+            )
         if not 0 <= self.min_lr <= self.max_lr:
             raise ValueError(f"min_lr = {self.min_lr} must lie between 0 and max_lr = {self.max_lr} (--min-lr)")
         for name in ("seed", "warmup_steps", "weight_decay"):

@@ -1,6 +1,7 @@
 """Costs by formula against what torch counts, what the mask shows and what the model holds."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,13 @@ from conftest import tiny_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from training import ROOT
 
-from llm.analysis.accounting import describe, forward_flops, summary, units
+from llm.analysis.accounting import describe, forward_flops, sharded_memory, summary, units
+from llm.hub.maps import SIZES
 from llm.models import MODELS
 from llm.models.baseline import Baseline
+from llm.models.case_studies.llama import Llama
 from llm.modules import masks
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.attention.sinks import SinkAttention
@@ -302,3 +306,15 @@ def test_the_summary_names_the_experts_a_token_uses_only_where_there_are_experts
     assert [line[:12].strip() for line in lines] == ["parameters", "compute", "cache"]
     assert "active" not in lines[0]
     assert "active" in summary(tiny_model("mixture_of_experts")).splitlines()[0]
+
+
+def test_the_memory_of_a_sharded_llama_is_what_the_page_on_training_says():
+    with torch.device("meta"):
+        model = Llama(SIZES[Llama]["llama3.1-8b"])
+    found = sharded_memory(model, n_ranks=8, windows=1, context=8192)
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("## How to train Llama 3.1 8B")[2]
+    rows = re.findall(r"^\|.*\| ([\d.]+) \|$", page.partition("\n## ")[0], re.MULTILINE)
+    assert [f"{value / 1e9:.1f}" for value in found.values()] == rows
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
+    assert found["weights"] + found["gradients"] + found["optimiser"] == 16 * 8_030_261_248 / 8
+    assert sharded_memory(model, n_ranks=16, windows=1, context=8192)["weights"] == found["weights"] / 2

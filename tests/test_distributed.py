@@ -56,18 +56,23 @@ def no_picture():
         yield
 
 
-def on_two_ranks(act) -> list[int]:
-    """Call `act(rank)` in two processes that know each other, as torchrun's do; returns their exit statuses."""
+def on_ranks(n_ranks: int, act) -> list[int]:
+    """Call `act(rank)` in processes that know each other, as torchrun's do; returns their exit statuses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sizes = {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
+    place = sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
     def be(rank):
         os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES="")
         act(rank)
 
-    return [exit_status(child) for child in [in_child(lambda rank=rank: be(rank)) for rank in (0, 1)]]
+    return [exit_status(child) for child in [in_child(lambda rank=rank: be(rank)) for rank in range(n_ranks)]]
+
+
+def on_two_ranks(act) -> list[int]:
+    return on_ranks(2, act)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ Blog: Attention, MHA and its cost.
 from torch import nn
 
 from llm.models.transformer import Transformer
+from llm.modules.kernels.cross_entropy import BLOCK
 
 
 def describe(model: Transformer, context: int | None = None) -> dict[str, float]:
@@ -39,6 +40,38 @@ def describe(model: Transformer, context: int | None = None) -> dict[str, float]
         "flops_per_written_token": passes["writing_blocks"] * (flops - head) + passes["writing_head"] * head,
         "cache_bytes_per_token": cache_bytes(model, context) / context,
     }
+
+
+def sharded_memory(model: Transformer, n_ranks: int, windows: int, context: int) -> dict[str, float]:
+    """Bytes on each of `n_ranks` GPUs that train a dense `model` with --shard and --recompute in bf16 autocast, for
+    micro-batches of `windows` texts of `context` tokens. `model` may be on the meta device.
+
+    weights, gradients, optimiser    fp32, and AdamW's two means in fp32: 4, 4 and 8 bytes a parameter over the ranks
+    outside_blocks                   embedding, head and final norm, gathered for the whole step, and their gradients
+    blocks                           two gathered blocks, the one that computes and the next, in fp32, since autocast
+                                     rounds them only then; the bf16 copy of one, and the gradients of one
+    activations                      the fp32 input of every block, and what the linear layers of one read and write
+                                     in bf16
+    loss                             8,192 rows of logits in fp32 and bf16, the head in bf16 and its gradient in fp32
+
+    Buffers of the allocator and of NCCL come on top.
+    """
+    tokens, c = windows * context, model.config
+    everything = sum(p.numel() for p in model.parameters())
+    block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    outside = everything - sum(p.numel() for p in model.blocks.parameters())
+    layers = [m for m in model.blocks[-1].modules() if isinstance(m, nn.Linear)]
+    width = sum(layer.in_features + layer.out_features for layer in layers)
+    found = {
+        "weights": 4 * everything / n_ranks,
+        "gradients": 4 * everything / n_ranks,
+        "optimiser": 8 * everything / n_ranks,
+        "outside_blocks": (4 + 4) * outside,
+        "blocks": (2 * 4 + 2 + 4) * block,
+        "activations": tokens * (4 * c.n_layers * c.d_model + 2 * width),
+        "loss": min(tokens, BLOCK) * c.vocab_size * (4 + 2) + c.vocab_size * c.d_model * (2 + 4),
+    }
+    return found | {"total": sum(found.values())}
 
 
 def summary(model: Transformer) -> str:

@@ -70,9 +70,11 @@ def empty_slots(batch_size: int, n_slots: int, like: Tensor, **shapes: tuple[int
     """An empty layer: a zero tensor (B, n_slots, *shape) for each name, of `like`'s dtype and device, and `pos`.
 
     In memory the slots of one head are adjacent, (B, H, n_slots, D), which is the order in which products read them.
+    The tensors are whole on every rank, even where `like` is a weight that the ranks share out (`--shard`).
     """
+    kind = {"dtype": like.dtype, "device": like.device}
     empty = {
-        name: like.new_zeros(batch_size, *heads, n_slots, width).movedim(-2, 1)
+        name: torch.zeros(batch_size, *heads, n_slots, width, **kind).movedim(-2, 1)
         for name, (*heads, width) in shapes.items()
     }
     return empty | {"pos": torch.full((batch_size, n_slots), -1, device=like.device)}

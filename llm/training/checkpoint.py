@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm.data.files import TOKENIZER_FILE
 from llm.files import DISK_FULL, tensor_problems
 from llm.training.sealed_folder import DamagedFolder, clean_leftovers, put_in_place, read_manifest, remove, seal, verify
+from llm.training.sharding import part_like
 
 FORMAT = 1
 WEIGHTS, STATE, CONFIG = "model.safetensors", "training_state.pt", "config.json"
@@ -43,7 +44,7 @@ def save_checkpoint(
     folder: Path,
     *,
     step: int,
-    model: nn.Module,
+    weights: dict[str, Tensor],
     optimizer_state: dict,
     state: dict,
     config: dict,
@@ -55,7 +56,7 @@ def save_checkpoint(
     Args:
         folder: holds the checkpoints of one run; created if missing.
         step: finished optimizer steps.
-        model: may be wrapped by torch.compile or DDP; the weights of the module inside are saved.
+        weights: the model's `state_dict()`, whole. It is emptied, so that no two copies of all weights are held.
         optimizer_state, state: nested dicts, lists and tuples of tensors, str, int, float, bool and None.
         config: values that `json` can write (paths become strings).
         tokenizer: a file to copy, if given.
@@ -67,7 +68,7 @@ def save_checkpoint(
     target = Path(folder) / f"step-{step:06d}"
     temporary = target.with_name(target.name + ".tmp")
     best = keep_best or best_checkpoint(folder) == target  # a step that is saved again stays the best
-    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in unwrap(model).state_dict().items()}
+    weights = {name: weights.pop(name).detach().to("cpu", copy=True) for name in list(weights)}
     training_state = {"step": step, "optimizer_state": optimizer_state, "state": state}
     needed = sum(tensor.nbytes for tensor in [*weights.values(), *tensors_in(training_state, STATE)])
     try:
@@ -86,13 +87,6 @@ def save_checkpoint(
         raise CheckpointError(why_not_saved(target, needed, error)) from error
     prune(target)
     return target
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of DDP and torch.compile, which would prefix every name."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
 
 
 def tensors_in(value: Any, where: str) -> Iterator[Tensor]:
@@ -197,25 +191,29 @@ def advice(path: Path) -> str:
 
 
 def load_model_weights(path: Path, model: nn.Module) -> None:
-    """Fill `model` in place, on its device and in its dtype. Raises CheckpointError where the file is unreadable, or
-    tensors are missing, left over or of another shape."""
-    file, model = Path(path) / WEIGHTS, unwrap(model)
+    """Fill `model` in place, tensor by tensor, on its device and in its dtype; a sharded one takes its part of each.
+    Raises CheckpointError where the file is unreadable, or tensors are missing, left over or of another shape."""
+    file, ours = Path(path) / WEIGHTS, model.state_dict()
     try:
-        weights = load_file(file)
+        with safe_open(file, "pt") as saved:
+            shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+            if problems := tensor_problems(shapes, {name: tuple(tensor.shape) for name, tensor in ours.items()}):
+                raise CheckpointError(
+                    "\n".join([f"{file} holds another model than this {type(model).__name__}:", *problems])
+                )
+            for name, tensor in ours.items():
+                tensor.copy_(part_like(saved.get_tensor(name), tensor))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}. {advice(Path(path))}") from None
-    shapes, wanted = ({n: tuple(x.shape) for n, x in t.items()} for t in (weights, model.state_dict()))
-    if problems := tensor_problems(shapes, wanted):
-        raise CheckpointError("\n".join([f"{file} holds another model than this {type(model).__name__}:", *problems]))
-    model.load_state_dict(weights)
 
 
-def load_training_state(path: Path) -> dict:
-    """`{"step": int, "optimizer_state": dict, "state": dict}` as saved, tensors on the CPU. Never executes code. Raises
-    CheckpointError where the file is not what `save_checkpoint` wrote."""
+def load_training_state(path: Path, in_file: bool = False) -> dict:
+    """`{"step": int, "optimizer_state": dict, "state": dict}` as saved, tensors on the CPU, or left in the file until
+    they are read (`in_file`). Never executes code. Raises CheckpointError where the file is not what `save_checkpoint`
+    wrote."""
     file = Path(path) / STATE
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=in_file)
     except Exception as error:  # torch's own text advises to load unsafely, so it is not shown
         reason = error.strerror if isinstance(error, OSError) else "it is not a training state of plain data"
         raise CheckpointError(f"{file} was refused: {reason}. {advice(Path(path))}") from None

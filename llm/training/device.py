@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llm.config import TrainConfig
 from llm.generate.compile import wants_compiling
@@ -30,11 +31,13 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a run computes. `bf16`: autocast to it; `compile`: compile the loss."""
+    """Where and how a run computes. `bf16`: autocast to it; `compile`: compile the loss; `shard`: weights come and go
+    with each block (sharding.py)."""
 
     device: torch.device
     bf16: bool
     compile: bool
+    shard: bool = False
 
     @property
     def name(self) -> str:
@@ -48,8 +51,13 @@ class Machine:
         return next(known, None) if self.bf16 else None
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Within this, matrix products are in bf16 if the run uses it; what needs range or precision stays in fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        """Within this, matrix products are in bf16 if the run uses it; what needs range or precision stays in fp32.
+        The bf16 copies of the weights are kept for a second use, but not where the weights themselves are dropped."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=not self.shard)
+
+    def mesh(self, n_ranks: int) -> DeviceMesh:
+        """All ranks in a row, for what they share out."""
+        return init_device_mesh(self.device.type, (n_ranks,))
 
     @property
     def precision(self) -> str:
@@ -84,7 +92,7 @@ def find_machine(config: TrainConfig, local_rank: int = 0) -> Machine:
     """Resolve `auto` in device, precision and compile. Raises ValueError for a device that cannot be used."""
     device = find_device(config.device, local_rank)
     bf16 = multiplies_bf16(device) if config.precision == "auto" else config.precision == "bf16"
-    return Machine(device, bf16, wants_compiling(config.compile, device))
+    return Machine(device, bf16, wants_compiling(config.compile, device), config.shard)
 
 
 def find_device(wish: str = "auto", local_rank: int = 0) -> torch.device:

@@ -36,6 +36,12 @@ class Ranks:
             values /= self.world_size
         return values
 
+    def as_first(self, values: Tensor) -> Tensor:
+        """The first rank's values, in place and on every rank."""
+        if self.world_size > 1:
+            distributed.broadcast(values, 0)
+        return values
+
     def wait(self) -> None:
         """Return when every rank has called this."""
         if self.world_size > 1:
@@ -45,7 +51,7 @@ class Ranks:
 def join_ranks() -> Ranks:
     """Join the other processes that torchrun started: NCCL where every local process has a GPU, else gloo."""
     ranks = Ranks.current()
-    if ranks.world_size > 1 and not distributed.is_initialized():
+    if "RANK" in os.environ and not distributed.is_initialized():
         enough_gpus = claim_gpu(ranks.local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # NCCL asks which
         distributed.init_process_group("cuda:nccl,cpu:gloo" if enough_gpus else "gloo")
     return ranks

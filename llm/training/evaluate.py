@@ -71,14 +71,20 @@ def evaluate(
 def batch_nats(
     model: Transformer, eval_set: EvalSet, size: int, machine: Machine, ranks: Ranks, seed: int, draw: int
 ) -> Tensor:
-    """The loss of each batch of this rank times its windows, with the random numbers of this draw."""
-    nats = [torch.zeros(0, device=machine.device)]
-    for first in range(ranks.rank * size, len(eval_set.windows), ranks.world_size * size):
-        batch = eval_set.windows[first : first + size].to(machine.device)
+    """The loss of each batch of this rank times its windows, with the random numbers of this draw.
+
+    Every rank computes as many batches, since ranks that share out the weights compute together. One that has no batch
+    left computes the first one, and counts it zero times.
+    """
+    nats = []
+    for turn in range(0, len(eval_set.windows), ranks.world_size * size):
+        first = turn + ranks.rank * size
+        left = first < len(eval_set.windows)
+        batch = eval_set.windows[first if left else 0 :][:size].to(machine.device)
         torch.manual_seed(draw_seed(seed, first, draw))
         with machine.autocast():
-            nats.append(model.loss(batch)[1]["ce"][None] * len(batch))
-    return torch.cat(nats)
+            nats.append(model.loss(batch)[1]["ce"] * (len(batch) if left else 0))
+    return torch.stack(nats)
 
 
 def is_bound(result: dict[str, float]) -> bool:

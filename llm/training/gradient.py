@@ -80,11 +80,12 @@ def recompute(model: Transformer) -> None:
 
 
 def make_objective(model: Transformer, config: TrainConfig, machine: Machine, ranks: Ranks) -> nn.Module:
-    """The objective of this rank; where there are several, its gradients are averaged over them."""
+    """The objective of this rank; where there are several, its gradients are averaged over them. A sharded model does
+    that itself, with every micro-batch: whole gradients, to be averaged once, would not fit."""
     if config.recompute:
         recompute(model)
     objective = Objective(model, machine.compile, config.compile == "on")
-    return DistributedDataParallel(objective) if ranks.world_size > 1 else objective
+    return DistributedDataParallel(objective) if ranks.world_size > 1 and not config.shard else objective
 
 
 def compute_gradient(
@@ -97,7 +98,7 @@ def compute_gradient(
 
     `micro_batches` are (index in the global batch, windows). `place` is (seed, step). Both together seed the random
     numbers of a micro-batch, so they do not depend on the rank that computes it. Ranks exchange gradients once, with
-    the last micro-batch.
+    the last micro-batch; those of a sharded model with each.
     """
     share = 1 / len(micro_batches)
     means = {}

@@ -8,22 +8,20 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from llm.analysis.accounting import describe, summary
 from llm.config import TrainConfig
-from llm.data.files import Data, load_tokenizer
-from llm.generate.text import encode_prompt, write
+from llm.data.files import Data
 from llm.models.transformer import Transformer
 from llm.modules.kernels.fla import kernel_report
 from llm.training.checkpoint import save_checkpoint
 from llm.training.device import Machine
 from llm.training.evaluate import in_words, is_bound
-from llm.training.optim import MuonAndAdamW
 from llm.training.resume import Progress
 from llm.training.run_directory import RunDirectory, read_metrics
-
-PROMPT = "Once upon a time"
+from llm.training.story import PROMPT
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,7 +29,6 @@ class Journal:
     """Progress bar, metrics, sample stories, curve and checkpoints of one run. `record` becomes its config.json."""
 
     model: Transformer
-    optimizer: torch.optim.Optimizer | MuonAndAdamW
     progress: Progress
     config: TrainConfig
     record: dict
@@ -41,7 +38,6 @@ class Journal:
 
     def __post_init__(self):
         config, machine = self.config, self.machine
-        self.tokenizer = load_tokenizer(self.data.tokenizer_path)
         costs = describe(self.model, self.model.config.max_seq_len)
         where = {"device": machine.name, "precision": machine.precision, "compiled": machine.compile}
         self.record = self.record | where | {"world_size": self.world_size, "costs": costs}
@@ -97,27 +93,25 @@ class Journal:
         """FLOP/s of the model on all ranks, divided by the peak of their devices."""
         return tokens_per_second * self.flops_per_token / (self.machine.peak_flops * self.world_size)
 
-    def evaluated(self, result: dict[str, float]) -> None:
-        """After an evaluation: log it; with `illustrate`, write a greedy story and draw the curve."""
+    def evaluated(self, result: dict[str, float], story: str | None) -> None:
+        """After an evaluation: log it, and with a story write it down and draw the curve."""
         step = self.progress.step
         tokens = step * self.config.tokens_per_step
         self.run.log(step, tokens=tokens, peak_memory_bytes=self.machine.peak_memory(), **result)
-        if self.config.illustrate:
-            prompt = PROMPT if len(encode_prompt(self.tokenizer, PROMPT)) < self.model.config.max_seq_len else ""
-            self.story = write(self.model.eval(), self.tokenizer, [prompt], 200)[0]
-            self.model.train()
+        if story is not None:
+            self.story = story
             self.run.sample(step, self.story)
             self.run.plot()
         tqdm.write(f"step {step}: {in_words(result)}")
         self.restart_clock()
 
-    def save(self, best: bool) -> None:
+    def save(self, weights: dict[str, Tensor], optimizer_state: dict, best: bool) -> None:
         """Write a checkpoint of this step; `best`: its eval loss is the lowest so far."""
         save_checkpoint(
             self.run.checkpoints,
             step=self.progress.step,
-            model=self.model,
-            optimizer_state=self.optimizer.state_dict(),
+            weights=weights,
+            optimizer_state=optimizer_state,
             state={"best_eval_loss": self.progress.best_eval_loss},
             config=self.record,
             tokenizer=self.data.tokenizer_path,

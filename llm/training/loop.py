@@ -26,7 +26,9 @@ from llm.training.gradient import compute_gradient, make_objective, share_out
 from llm.training.journal import Journal
 from llm.training.optim import learning_rate, make_optimizer
 from llm.training.resume import find_checkpoint, go_on_from, run_record
+from llm.training.sharding import check_shard, gathered, place, whole
 from llm.training.stopping import StopRequest, stop_signals
+from llm.training.story import write_story
 
 
 def train(Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data) -> Path:
@@ -56,6 +58,7 @@ class Training:
     """A model, its optimiser and its data, at the step where the run starts or resumes."""
 
     def __init__(self, Model: type[Transformer], model_config: ModelConfig, config: TrainConfig, data: Data):
+        check_shard(config)
         self.data, self.ranks = data, Ranks.current()
         self.machine = find_machine(config, self.ranks.local_rank)
         keep_freed_memory(self.machine.device)
@@ -67,7 +70,7 @@ class Training:
         self.record["train"] |= {"out": str(out), "micro_batch_size": self.micro_batch_size}
         self.eval_set = EvalSet.of(data, model_config.max_seq_len, config.eval_windows)
         torch.manual_seed(config.seed)
-        self.model = Model(model_config).to(self.machine.device)
+        self.model = place(Model(model_config), config, self.machine, self.ranks)
         self.optimizer = make_optimizer(self.model, config)
         self.progress = go_on_from(checkpoint, self.model, self.optimizer, self.config, self.ranks)
 
@@ -86,8 +89,8 @@ class Training:
                     self.journal.tick(report, lr)
                 last, stopping = progress.step == config.steps, report["stop"] > 0
                 best = (last or progress.step % config.eval_every == 0) and self.evaluate()
-                if first and (best or last or stopping or progress.step % config.save_every == 0):
-                    self.journal.save(best)
+                if best or last or stopping or progress.step % config.save_every == 0:
+                    self.save(best)
                 if stopping and not last:
                     raise SystemExit(self.explain_stop(stop))
             if first:
@@ -107,7 +110,6 @@ class Training:
         """The journal of this run, which prints and writes its results; only the first rank has one."""
         return Journal(
             model=self.model,
-            optimizer=self.optimizer,
             progress=self.progress,
             config=self.config,
             record=self.record,
@@ -137,7 +139,7 @@ class Training:
         step = self.progress.step + 1
         lr = learning_rate(step, self.config)
         parts = compute_gradient(self.objective, micro_batches, (self.config.seed, step), self.machine)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
         values = torch.stack([norm, norm.new_tensor(float(stop.signal != 0)), *parts.values()])
         report = dict(zip(["grad_norm", "stop", *parts], self.ranks.average(values).tolist(), strict=True))
         if not all(map(math.isfinite, report.values())):
@@ -162,9 +164,18 @@ class Training:
         best = result["eval_loss"] < self.progress.best_eval_loss
         if best:
             self.progress.best_eval_loss = result["eval_loss"]
+        story = None
+        if self.config.illustrate and (self.ranks.is_first or self.config.shard):
+            story = write_story(self.model, self.data, self.ranks, self.config.shard)
         if self.ranks.is_first:
-            self.journal.evaluated(result)
+            self.journal.evaluated(result, story)
         return best
+
+    def save(self, best: bool) -> None:
+        """Write a checkpoint on the first rank, to which the others give their parts of a sharded model."""
+        weights, state = (gathered(part.state_dict(), self.ranks) for part in (self.model, self.optimizer))
+        if self.ranks.is_first:
+            self.journal.save(weights, state, best)
 
     def last_saved(self) -> str:
         """The path of the newest checkpoint, as text for messages."""

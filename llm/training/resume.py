@@ -23,6 +23,7 @@ from llm.training.checkpoint import (
 from llm.training.distributed import Ranks
 from llm.training.optim import fit_groups
 from llm.training.run_directory import existing_config, take_lock
+from llm.training.sharding import is_part, optimizer_parts
 
 # The settings that determine the weights after each step and the loss on the eval split. Others, such as device, paths
 # and logging, may change when a run is resumed.
@@ -103,14 +104,16 @@ def set_aside(out: Path) -> None:
 
 
 def restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress:
-    """Fill model and optimiser from a verified checkpoint; returns its progress.
+    """Fill model and optimiser from a verified checkpoint, whether or not they are sharded; returns its progress.
 
     `load_state_dict` also restores the saved settings of the optimiser. They are replaced by those of the flags.
     """
     load_model_weights(checkpoint, model)
-    saved = load_training_state(checkpoint)
+    sharded = any(map(is_part, model.parameters()))
+    saved = load_training_state(checkpoint, in_file=sharded)
     settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(fit_groups(saved["optimizer_state"], model, optimizer))
+    state = fit_groups(saved["optimizer_state"], model, optimizer)
+    optimizer.load_state_dict(optimizer_parts(state, optimizer) if sharded else state)
     for group, given in zip(optimizer.param_groups, settings, strict=True):
         group.update(given)
     return Progress(saved["step"], saved["state"]["best_eval_loss"])

@@ -123,7 +123,7 @@ class TokenShift(nn.Module):
         return [x + (before - x) * mu.to(x.dtype) for mu in self.mu]
 
     def make_cache(self, batch_size: int) -> dict[str, Tensor]:
-        return {self.name: self.mu.new_zeros(batch_size, 1, self.mu.shape[1])}
+        return {self.name: torch.zeros(batch_size, 1, self.mu.shape[1], dtype=self.mu.dtype, device=self.mu.device)}
 
 
 class LowRank(nn.Module):

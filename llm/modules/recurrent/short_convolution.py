@@ -56,7 +56,8 @@ class ShortConvolution(nn.Module):
 
     def make_cache(self, batch_size: int) -> dict[str, Tensor]:
         """The last width - 1 inputs."""
-        return {"conv": self.weight.new_zeros(batch_size, self.width - 1, len(self.weight))}
+        w = self.weight
+        return {"conv": torch.zeros(batch_size, self.width - 1, len(w), dtype=w.dtype, device=w.device)}
 
     def flops(self, context: int) -> float:
         """FLOPs per token."""

@@ -76,7 +76,7 @@ class BlockMixtureAttention(MultiHeadAttention):
         shape = (self.n_kv_heads, self.head_dim)
         slots = empty_slots(batch_size, length, self.k_proj.weight, k=shape, v=shape)
         n_blocks = n_summaries(length, self.block_size, self.block_size)
-        return slots | {"means": self.k_proj.weight.new_zeros(batch_size, n_blocks + 1, *shape)}
+        return slots | {"means": slots["k"].new_zeros(batch_size, n_blocks + 1, *shape)}
 
     def flops(self, context: int) -> float:
         """FLOPs per token: queries times the means of earlier blocks, and attention to the chosen keys."""

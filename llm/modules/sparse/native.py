@@ -169,7 +169,7 @@ class NativeSparseAttention(nn.Module):
         slots = empty_slots(batch_size, length, weight, k=shape, v=shape, chosen_k=shape, chosen_v=shape)
         ring = empty_slots(batch_size, min(length, self.mask.size), weight, k=shape, v=shape)
         n = n_summaries(length, self.size, self.stride) + 1
-        summaries = {f"summary_{name}": weight.new_zeros(batch_size, n, *shape) for name in "kv"}
+        summaries = {f"summary_{name}": slots["k"].new_zeros(batch_size, n, *shape) for name in "kv"}
         return slots | summaries | {f"near_{name}": tensor for name, tensor in ring.items()}
 
     def flops(self, context: int) -> float:
