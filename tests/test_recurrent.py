@@ -416,6 +416,5 @@ def test_a_kernel_is_believed_where_it_agrees_and_the_report_says_why_not(kind, 
 )
 def test_a_run_says_which_of_its_recurrences_have_a_kernel_and_why_not(name, kinds):
     report = fla.kernel_report(tiny_model(name), torch.device("cpu"))
-    assert [part.split()[0] for part in report.split("; ")] == [kind for kind in kinds for _ in range(2)] or not kinds
+    assert [part.split()[0] for part in report.split("; ") if part] == [kind for kind in kinds for _ in range(2)]
     assert report.count("chunks, no CUDA device") == 2 * len(kinds)
-    assert bool(report) == bool(kinds)
