@@ -26,6 +26,7 @@ from llm.models.case_studies.phi3 import Phi3
 from llm.models.case_studies.qwen2_moe import Qwen2MoE
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
+from llm.models.case_studies.qwen3_next import Qwen3Next
 from llm.models.case_studies.smollm3 import SmolLM3
 from llm.models.delta_net import DeltaNetDecoder
 from llm.models.flash_attention import FlashAttentionDecoder
@@ -130,6 +131,7 @@ MODELS: dict[str, type[Transformer]] = {
     "mixtral": Mixtral,
     "qwen2_moe": Qwen2MoE,
     "qwen3_moe": Qwen3MoE,
+    "qwen3_next": Qwen3Next,
     "glm4_moe": GLM4MoE,
     "gpt_oss": GPTOSS,
     "llada": LLaDA,

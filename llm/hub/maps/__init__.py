@@ -15,6 +15,7 @@ from llm.hub.maps import (
     olmo2,
     phi3,
     qwen3,
+    qwen3_next,
     smollm3,
 )
 from llm.hub.tables import Published
@@ -28,6 +29,7 @@ FAMILIES = (
     ministral3,
     phi3,
     qwen3,
+    qwen3_next,
     olmo2,
     gemma,
     deepseek,

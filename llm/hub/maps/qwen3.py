@@ -56,7 +56,7 @@ def read_vision(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return read_rope(left, ours, default_theta=500_000.0)
 
 
-def read_experts(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+def read_dense_layers(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """Layers whose number, counted from 1, is a multiple of `decoder_sparse_step` have experts, except those in
     `mlp_only_layers` (counted from 0). transformers 5 has another name for the number of experts."""
     step, dense = left.pop("decoder_sparse_step", 1), left.pop("mlp_only_layers", None) or []
@@ -66,7 +66,11 @@ def read_experts(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     check_count("num_local_experts", n_experts)
     sparse = [layer for layer in range(ours["n_layers"]) if layer not in dense and (layer + 1) % step == 0]
     dense_layers = tuple(layer for layer in range(ours["n_layers"]) if layer not in sparse)
-    return {"n_experts": n_experts, "dense_layers": dense_layers, **read_rope(left, ours)}
+    return {"n_experts": n_experts, "dense_layers": dense_layers}
+
+
+def read_experts(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    return read_dense_layers(left, ours) | read_rope(left, ours)
 
 
 def read_three(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +81,12 @@ def read_three(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return read_experts(left, ours) | {"window_size": window if use else None}
 
 
+def write_dense_layers(config: Any) -> dict[str, Any]:
+    return {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
+
+
 def write_experts(config: Qwen3MoE.Config) -> dict[str, Any]:
-    return {**write_rope(config), "decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
+    return write_rope(config) | write_dense_layers(config)
 
 
 def write_three(config: Qwen3MoE.Config) -> dict[str, Any]:
@@ -94,6 +102,10 @@ EXPERT_ROWS = (
         join(2),
     ),
     (OURS + "ffn.experts.down_proj[{expert}]", THEIRS + "mlp.experts.{expert}.down_proj.weight", same),
+)
+SHARED_ROWS = (
+    (OURS + "ffn.shared.gate.weight", THEIRS + "mlp.shared_expert_gate.weight", same),
+    (OURS + "ffn.shared.expert.*", THEIRS + "mlp.shared_expert.*", same),
 )
 PUBLISHED = {
     Qwen2: Published(
@@ -142,8 +154,7 @@ PUBLISHED = {
             *PRE_NORM,
             MIXER,
             *EXPERT_ROWS,
-            (OURS + "ffn.shared.gate.weight", THEIRS + "mlp.shared_expert_gate.weight", same),
-            (OURS + "ffn.shared.expert.*", THEIRS + "mlp.shared_expert.*", same),
+            *SHARED_ROWS,
             FFN,
         ),
         fields=fields(

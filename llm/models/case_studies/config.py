@@ -59,12 +59,7 @@ class WindowedConfig(CaseStudyConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "window_size")
-        object.__setattr__(self, "layer_types", tuple(self.layer_types))  # JSON knows lists only
-        if not self.layer_types or any(kind not in LayerType.__args__ for kind in self.layer_types):
-            raise ValueError(
-                f"layer_types = {self.layer_types} must be one or several of {', '.join(LayerType.__args__)} "
-                "(--model.layer-types)"
-            )
+        check_layer_types(self, LayerType.__args__)
 
     def layer_type(self, layer: int) -> LayerType:
         return self.layer_types[layer % len(self.layer_types)]
@@ -86,3 +81,13 @@ def check_share(config: ModelConfig, name: str) -> None:
     """Raises ValueError where a field is not a share of something: above 0 and at most 1."""
     if not 0 < getattr(config, name) <= 1:
         raise ValueError(f"{name} = {getattr(config, name)} must lie in (0, 1] ({flag(config, name)})")
+
+
+def check_layer_types(config: ModelConfig, kinds: tuple[str, ...]) -> None:
+    """Make `layer_types` a tuple, since JSON knows lists only. Raises ValueError unless it names some of `kinds`."""
+    types = tuple(config.layer_types)
+    object.__setattr__(config, "layer_types", types)
+    if not types or any(kind not in kinds for kind in types):
+        raise ValueError(
+            f"layer_types = {types} must be one or several of {', '.join(kinds)} ({flag(config, 'layer_types')})"
+        )
