@@ -25,6 +25,7 @@ from llm.models.case_studies.olmo3 import OLMo3
 from llm.models.case_studies.phi3 import Phi3
 from llm.models.case_studies.qwen2_moe import Qwen2MoE
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
+from llm.models.case_studies.qwen3_5 import Qwen35, Qwen35MoE
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
 from llm.models.case_studies.qwen3_next import Qwen3Next
 from llm.models.case_studies.smollm3 import SmolLM3
@@ -132,6 +133,8 @@ MODELS: dict[str, type[Transformer]] = {
     "qwen2_moe": Qwen2MoE,
     "qwen3_moe": Qwen3MoE,
     "qwen3_next": Qwen3Next,
+    "qwen3_5": Qwen35,
+    "qwen3_5_moe": Qwen35MoE,
     "glm4_moe": GLM4MoE,
     "gpt_oss": GPTOSS,
     "llada": LLaDA,

@@ -15,6 +15,7 @@ from llm.hub.maps import (
     olmo2,
     phi3,
     qwen3,
+    qwen3_5,
     qwen3_next,
     smollm3,
 )
@@ -30,6 +31,7 @@ FAMILIES = (
     phi3,
     qwen3,
     qwen3_next,
+    qwen3_5,
     olmo2,
     gemma,
     deepseek,

@@ -16,7 +16,7 @@ from llm.hub.maps.common import (
     write_windows,
 )
 from llm.hub.rope import read_rope, write_rope
-from llm.hub.tables import Published, check_count, check_kind, join, same
+from llm.hub.tables import Published, Row, as_tuple, check_count, check_kind, join, same
 from llm.models.case_studies.qwen2_moe import Qwen2MoE
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
@@ -50,6 +50,14 @@ def text_of_vision(config: Mapping[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     check_kind("text_config", text, dict)
     return {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | dict(text)
+
+
+def in_vision(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows of a text model that is a part of one that sees images, too."""
+    return tuple(
+        (ours, tuple(name.replace("model.", "model.language_model.", 1) for name in as_tuple(theirs)), operation)
+        for ours, theirs, operation in rows
+    )
 
 
 def read_vision(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -173,14 +181,13 @@ PUBLISHED = {
         write=write_experts,
     ),
 }
-VISION = "model.language_model."
 READ_ONLY = (
     (
         Qwen3,
         Published(
             model_type="qwen3_vl",
             architecture="Qwen3VLForConditionalGeneration",
-            names=tuple((ours, theirs.replace("model.", VISION, 1), same) for ours, theirs, _ in DECODER),
+            names=in_vision(DECODER),
             fields=fields(
                 **dict(vocab_size=151_936, max_seq_len=128_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32),
                 **dict(head_dim=128, d_ff=22_016, norm_eps=1e-6, tie_embeddings=False, attention_bias=False),
