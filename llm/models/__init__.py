@@ -15,8 +15,10 @@ from llm.models.case_studies.gemma import Gemma, Gemma2, Gemma3
 from llm.models.case_studies.glm4_moe import GLM4MoE
 from llm.models.case_studies.gpt2 import GPT2
 from llm.models.case_studies.gpt_oss import GPTOSS
+from llm.models.case_studies.kimi_linear import KimiLinear
 from llm.models.case_studies.llada import LLaDA
 from llm.models.case_studies.llama import Llama
+from llm.models.case_studies.minimax import MiniMax
 from llm.models.case_studies.ministral3 import Ministral3
 from llm.models.case_studies.mistral import Mistral
 from llm.models.case_studies.mixtral import Mixtral
@@ -135,6 +137,8 @@ MODELS: dict[str, type[Transformer]] = {
     "qwen3_next": Qwen3Next,
     "qwen3_5": Qwen35,
     "qwen3_5_moe": Qwen35MoE,
+    "kimi_linear": KimiLinear,
+    "minimax": MiniMax,
     "glm4_moe": GLM4MoE,
     "gpt_oss": GPTOSS,
     "llada": LLaDA,
