@@ -36,7 +36,7 @@ KIMI = dict(
     **dict(linear_num_heads=2, layer_types=[LINEAR, FULL, LINEAR], rms_norm_eps=1e-3),
 )
 MINIMAX = dict(
-    **dict(num_local_experts=5, head_dim=12, layer_types=[LINEAR, FULL, LINEAR], block_size=8),
+    **dict(num_local_experts=5, head_dim=12, layer_types=[LINEAR, FULL, LINEAR]),
     rope_parameters={"rope_type": "default", "rope_theta": 500.0},
 )
 CASES = {
@@ -79,14 +79,18 @@ CASES = {
 }
 
 
+def tolerance(architecture: str) -> float:
+    return 2e-5 if architecture.startswith("MiniMax") else TOLERANCE  # which has no delta rule
+
+
 @pytest.mark.parametrize("architecture, config", CASES.values(), ids=CASES)
 def test_logits_gradients_generation_and_export_are_those_of_transformers(tmp_path, architecture, config):
-    assert_parity(tmp_path, architecture, n_tokens=100, atol=TOLERANCE, **config)
+    assert_parity(tmp_path, architecture, n_tokens=100, atol=tolerance(architecture), **config)
 
 
 @pytest.mark.parametrize("architecture, config", CASES.values(), ids=CASES)
 def test_texts_of_a_padded_batch_are_those_of_transformers(tmp_path, architecture, config):
-    assert_same_logits_padded(*twins(tmp_path, architecture, **config), atol=TOLERANCE)
+    assert_same_logits_padded(*twins(tmp_path, architecture, **config), atol=tolerance(architecture))
 
 
 @pytest.mark.parametrize("name, experts", [("Qwen3_5", {}), ("Qwen3_5Moe", EXPERTS)])
@@ -118,7 +122,7 @@ def test_a_minimax_turns_as_many_channels_as_rotary_dim_says(tmp_path, monkeypat
     assert (ours(tokens) - logits(theirs, tokens)).abs().max() > 0.1
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", partial)
     theirs.model.rotary_emb.inv_freq = 500.0 ** -(torch.arange(0, 6, 2) / 6)
-    torch.testing.assert_close(ours(tokens), logits(theirs, tokens), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(ours(tokens), logits(theirs, tokens), rtol=0, atol=2e-5)
     with pytest.raises(PretrainedError, match=r"partial_rotary_factor = 0\.5.*--model.partial-rotary-factor 1"):
         export_pretrained(ours, tmp_path / "out")
 
@@ -134,7 +138,12 @@ def test_a_kimi_linear_with_a_tied_head_is_not_exported(tmp_path):
         ("KimiLinearForCausalLM", KIMI, {"mlp_layer_types": ["sparse", "dense", "sparse"]}, "dense layers first"),
         ("KimiLinearForCausalLM", KIMI, {"mla_use_nope": False}, "mla_use_nope = False"),
         ("KimiLinearForCausalLM", KIMI, {"linear_attn_config": {"gate_lower_bound": -5.0}}, "gate_lower_bound"),
-        ("KimiLinearForCausalLM", KIMI, {"linear_attn_config": {"num_heads": 0}}, "num_heads in linear_attn_config"),
+        (
+            "KimiLinearForCausalLM",
+            KIMI,
+            {"linear_attn_config": {"num_heads": 0}},
+            "num_heads in linear_attn_config to 0",
+        ),
         ("MiniMaxForCausalLM", MINIMAX, {"postnorm": False}, "postnorm = False"),
         ("MiniMaxForCausalLM", MINIMAX, {"rotary_dim": 0}, "rotary_dim to 0"),
         ("MiniMaxForCausalLM", MINIMAX, {"layer_types": [FULL]}, "3 layers need a list of 3"),

@@ -41,9 +41,9 @@ def read(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     check_kind("linear_attn_config", linear, dict, nullable=True)
     linear = dict(linear or {})
     sizes = {"head_dim": "linear_head_dim", "num_heads": "n_linear_heads", "short_conv_kernel_size": "d_conv"}
+    for name in sizes.keys() & linear.keys():
+        check_count(f"{name} in linear_attn_config", linear[name])
     found = {mine: linear.pop(name) for name, mine in sizes.items() if name in linear}
-    for name, value in found.items():
-        check_count(f"{name} in linear_attn_config", value)
     return found | read_mixers(left, ours, linear) | read_dense_layers(left, ours)
 
 

@@ -53,7 +53,7 @@ def write(config: MiniMax.Config) -> dict[str, Any]:
             f"partial_rotary_factor = {config.partial_rotary_factor}: transformers 5.23 turns whole heads, so it would "
             "compute something else; a model to export is trained with --model.partial-rotary-factor 1"
         )
-    return write_rope(config) | write_layer_types(config) | {"head_dim": config.head_width}
+    return write_rope(config) | write_layer_types(config)
 
 
 PUBLISHED = {
