@@ -68,25 +68,27 @@ def logits(theirs, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assert_same_logits(theirs, ours: Transformer, n_tokens: int = 40) -> None:
-    """Within 2e-5 in fp32, and not because they are all alike."""
+def assert_same_logits(theirs, ours: Transformer, n_tokens: int = 40, atol: float = 2e-5) -> None:
+    """Within `atol` in fp32, and not because they are all alike."""
     tokens = draw_tokens(n_tokens)
     expected = logits(theirs, tokens)
     assert expected.std() > 0.1
     found, kind = ours(tokens), theirs.config.model_type
     LARGEST[kind] = max(LARGEST.get(kind, 0.0), (found - expected).abs().max().item())
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @torch.no_grad()
-def assert_same_logits_padded(theirs, ours: Transformer, padding: tuple[int, ...] = (0, 5, 11)) -> None:
+def assert_same_logits_padded(
+    theirs, ours: Transformer, padding: tuple[int, ...] = (0, 5, 11), atol: float = 2e-5
+) -> None:
     """A batch of texts of different lengths, padded on the left: ours through the cache, theirs with a mask."""
     tokens = draw_tokens(24, rows=len(padding))
     seen = torch.arange(24) >= torch.tensor(padding)[:, None]
     expected = theirs(tokens, attention_mask=seen.long(), use_cache=False).logits
     cache = ours.make_cache(len(tokens), 24, torch.tensor(padding))
     found = torch.cat([ours(part, cache) for part in tokens.split([13, 1, 1, 9], 1)], 1)
-    torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=2e-5)
+    torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=atol)
 
 
 @torch.no_grad()
@@ -140,10 +142,10 @@ def assert_survives_export(theirs, ours: Transformer, folder: Path, n_tokens: in
     assert load_pretrained(folder / "exported").config == ours.config
 
 
-def assert_parity(folder: Path, architecture: str, n_tokens: int = 40, **config) -> tuple:
+def assert_parity(folder: Path, architecture: str, n_tokens: int = 40, atol: float = 2e-5, **config) -> tuple:
     """All four promises of a case study; returns (theirs, ours), the former with its gradients in place of weights."""
     theirs, ours = twins(folder, architecture, **config)
-    assert_same_logits(theirs, ours, n_tokens)
+    assert_same_logits(theirs, ours, n_tokens, atol)
     assert_same_continuation(theirs, ours)
     assert_survives_export(theirs, ours, folder, n_tokens)
     assert_same_gradients(theirs, ours, folder)

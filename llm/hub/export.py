@@ -123,7 +123,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 def write_weights(folder: Path, model: Transformer, published: Published, shard_bytes: int) -> None:
     """Write their tensors into one file, or into several of about `shard_bytes` with an index."""
     tensors, shards, total = model.state_dict(), [{}], 0
-    for step in plan(published.names, tensors):
+    for step in plan(published.rows(model.config), tensors):
         ours = step.operation.save([part.cpu() for part in parts(tensors, step)])
         for name, tensor in zip(step.theirs, ours, strict=True):
             if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > shard_bytes:

@@ -73,7 +73,7 @@ def build(
         raise PretrainedError(f"{path / CONFIG}: {error}") from None
     with ExitStack() as stack:
         files = open_tensors(stack)
-        steps = plan(published.names, model.state_dict(), files.shapes)
+        steps = plan(published.rows(model.config), model.state_dict(), files.shapes)
         head = tied_head(model, published)
         check_tensors(path, model, steps, files, f"{published.ignored_weights(config)}|{re.escape(head or '')}")
         dtype = dtype or files.dtype_of(steps[0].theirs[0])
@@ -155,7 +155,7 @@ def tied_head(model: Transformer, published: Published) -> str | None:
     """Their name of the head where ours is the embedding: a checkpoint may store it a second time."""
     if not model.config.tie_embeddings:
         return None
-    return next((theirs for ours, theirs, _ in published.names if ours == "lm_head.weight"), None)
+    return next((theirs for ours, theirs, _ in published.rows(model.config) if ours == "lm_head.weight"), None)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, cat
@@ -70,15 +71,20 @@ def split(n: int, dim: int = 0) -> Operation:
     return Operation(lambda theirs: theirs[0].chunk(n, dim), lambda ours: [cat(list(ours), dim)])
 
 
-def split_as_ours(dim: int = 0) -> Operation:
-    """One tensor of theirs holds several of ours, one after the other along `dim`, each as large as ours is."""
+def split_as_ours(n_groups: int = 1) -> Operation:
+    """One tensor of theirs holds several of ours, one after the other along axis 0, each as large as ours is. With
+    several groups, each of `n_groups` equal parts of theirs, such as a head, holds an equal part of each of ours."""
 
     def save(ours: Tensors) -> Tensors:
-        return [cat(list(ours), dim)]
+        return [cat([x.unflatten(0, (n_groups, -1)) for x in ours], 1).flatten(0, 1)]
 
     def bind(ours: Tensors) -> Operation:
-        sizes = [x.shape[dim] for x in ours]
-        return Operation(lambda theirs: theirs[0].split(sizes, dim), save)
+        sizes = [len(x) // n_groups for x in ours]
+
+        def load(theirs: Tensors) -> Tensors:
+            return [x.flatten(0, 1) for x in theirs[0].unflatten(0, (n_groups, -1)).split(sizes, 1)]
+
+        return Operation(load, save)
 
     return Operation(lambda theirs: theirs, save, bind)
 
@@ -158,6 +164,7 @@ def as_tuple(names: Names) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
+@cache
 def pattern(template: str) -> re.Pattern:
     """The regular expression of a template: `{layer}` matches a number, `*` any text."""
     text = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\*", "(?P<rest>.+)")
@@ -176,7 +183,8 @@ class Published:
     """The model_type in config.json."""
     architecture: str
     """The class of transformers that loads what `export_pretrained` writes."""
-    names: tuple[Row, ...]
+    names: tuple[Row, ...] | Callable[[Any], tuple[Row, ...]]
+    """The table of names, or our config -> the table, where a row depends on sizes, such as the number of heads."""
     fields: tuple[tuple[str, str, Any], ...]
     required: Mapping[str, tuple] = field(default_factory=dict)
     """Their field -> the values that our model supports. The first is the default of transformers; export relies on it
@@ -199,6 +207,10 @@ class Published:
     """(their fields not read yet, our fields so far) -> more of our fields; it removes the fields it reads."""
     write: Callable[[Any], dict[str, Any]] = lambda config: {}
     """The inverse of `read`: our config -> their fields, which override those from `fields`."""
+
+    def rows(self, config: Any) -> tuple[Row, ...]:
+        """The table of names for a model with our `config`."""
+        return self.names(config) if callable(self.names) else self.names
 
 
 # In evaluation mode the logits of the models here do not depend on these fields.

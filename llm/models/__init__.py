@@ -18,10 +18,12 @@ from llm.models.case_studies.gpt2 import GPT2
 from llm.models.case_studies.gpt_oss import GPTOSS
 from llm.models.case_studies.granitemoehybrid import GraniteMoEHybrid
 from llm.models.case_studies.jamba import Jamba
+from llm.models.case_studies.kimi_linear import KimiLinear
 from llm.models.case_studies.lfm2 import LFM2
 from llm.models.case_studies.llada import LLaDA
 from llm.models.case_studies.llama import Llama
 from llm.models.case_studies.mamba import Mamba2LM, MambaLM
+from llm.models.case_studies.minimax import MiniMax
 from llm.models.case_studies.ministral3 import Ministral3
 from llm.models.case_studies.mistral import Mistral
 from llm.models.case_studies.mixtral import Mixtral
@@ -31,7 +33,9 @@ from llm.models.case_studies.olmo3 import OLMo3
 from llm.models.case_studies.phi3 import Phi3
 from llm.models.case_studies.qwen2_moe import Qwen2MoE
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
+from llm.models.case_studies.qwen3_5 import Qwen35, Qwen35MoE
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
+from llm.models.case_studies.qwen3_next import Qwen3Next
 from llm.models.case_studies.recurrent_gemma import RecurrentGemma
 from llm.models.case_studies.smollm3 import SmolLM3
 from llm.models.delta_net import DeltaNetDecoder
@@ -137,6 +141,11 @@ MODELS: dict[str, type[Transformer]] = {
     "mixtral": Mixtral,
     "qwen2_moe": Qwen2MoE,
     "qwen3_moe": Qwen3MoE,
+    "qwen3_next": Qwen3Next,
+    "qwen3_5": Qwen35,
+    "qwen3_5_moe": Qwen35MoE,
+    "kimi_linear": KimiLinear,
+    "minimax": MiniMax,
     "glm4_moe": GLM4MoE,
     "gpt_oss": GPTOSS,
     "mamba_lm": MambaLM,

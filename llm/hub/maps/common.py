@@ -5,7 +5,7 @@ A family's file holds its published sizes, the names of its tensors and the fiel
 
 from typing import Any
 
-from llm.hub.tables import PretrainedError, Row, check_kind, same
+from llm.hub.tables import PretrainedError, Row, as_tuple, check_kind, same
 
 OURS, THEIRS = "blocks.{layer}.", "model.layers.{layer}."
 ENDS: tuple[Row, ...] = (
@@ -61,6 +61,10 @@ FIELDS = {
     "d_state": "state_size",
     "d_conv": "conv_kernel",
     "expand": "expand",
+    "n_linear_k_heads": "linear_num_key_heads",
+    "n_linear_heads": "linear_num_value_heads",
+    "linear_head_dim": "linear_key_head_dim",
+    "linear_v_head_dim": "linear_value_head_dim",
 }
 """Our field -> the name that most families have for it in config.json."""
 
@@ -73,14 +77,17 @@ def fields(renamed: dict[str, str] | None = None, **defaults: Any) -> tuple[tupl
     return tuple((ours, names[ours], default) for ours, default in defaults.items())
 
 
-def read_layer_types(left: dict[str, Any], ours: dict[str, Any], period: int = 2) -> dict[str, Any]:
-    """`layer_types` of config.json or, where it has none, full attention in the last of each `period` layers.
+def read_layer_types(
+    left: dict[str, Any], ours: dict[str, Any], period: int = 2, others: str = "sliding_attention"
+) -> dict[str, Any]:
+    """`layer_types` of config.json or, where it has none, full attention in the last of each `period` layers and
+    `others` in the rest.
 
     Raises PretrainedError where there is not one for each layer.
     """
     types, n_layers = left.pop("layer_types", None), ours["n_layers"]
     if types is None:
-        types = ("sliding_attention",) * (period - 1) + ("full_attention",)
+        types = (others,) * (period - 1) + ("full_attention",)
     elif not isinstance(types, list) or len(types) != n_layers:
         raise PretrainedError(f"config.json sets layer_types = {types}: {n_layers} layers need a list of {n_layers}")
     return {"layer_types": tuple(types)}
@@ -89,6 +96,17 @@ def read_layer_types(left: dict[str, Any], ours: dict[str, Any], period: int = 2
 def write_layer_types(config: Any) -> dict[str, Any]:
     """Our config -> `layer_types`, one for each layer."""
     return {"layer_types": [config.layer_type(layer) for layer in range(config.n_layers)]}
+
+
+def in_layers(config: Any, kind: str, *rows: Row) -> tuple[Row, ...]:
+    """The rows for the layers of one kind alone, with the number of each in place of `{layer}`: for hybrids, where
+    layers of another kind have tensors of the same names."""
+    numbers = [str(layer) for layer in range(config.n_layers) if config.layer_type(layer) == kind]
+    return tuple(
+        (*(tuple(name.replace("{layer}", number) for name in as_tuple(names)) for names in row[:2]), row[2])
+        for number in numbers
+        for row in rows
+    )
 
 
 def read_windows(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

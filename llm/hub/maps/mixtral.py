@@ -11,21 +11,19 @@ ROUTER, GATE_UP, DOWN = (
     OURS + "ffn." + name for name in ("router.weight", "experts.gate_up_proj", "experts.down_proj")
 )
 EXPERT = THEIRS + "block_sparse_moe.experts.{expert}"
+EXPERT_ROWS = (
+    (ROUTER, THEIRS + "block_sparse_moe.gate.weight", same),
+    (GATE_UP + "[{expert}]", (EXPERT + ".w1.weight", EXPERT + ".w3.weight"), join(2)),
+    (DOWN + "[{expert}]", EXPERT + ".w2.weight", same),
+    (ROUTER, THEIRS + "mlp.gate.weight", same),
+    (GATE_UP, THEIRS + "mlp.experts.gate_up_proj", same),
+    (DOWN, THEIRS + "mlp.experts.down_proj", same),
+)
 PUBLISHED = {
     Mixtral: Published(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
-        names=(
-            *ENDS,
-            *PRE_NORM,
-            MIXER,
-            (ROUTER, THEIRS + "block_sparse_moe.gate.weight", same),
-            (GATE_UP + "[{expert}]", (EXPERT + ".w1.weight", EXPERT + ".w3.weight"), join(2)),
-            (DOWN + "[{expert}]", EXPERT + ".w2.weight", same),
-            (ROUTER, THEIRS + "mlp.gate.weight", same),
-            (GATE_UP, THEIRS + "mlp.experts.gate_up_proj", same),
-            (DOWN, THEIRS + "mlp.experts.down_proj", same),
-        ),
+        names=(*ENDS, *PRE_NORM, MIXER, *EXPERT_ROWS),
         fields=fields(
             {"n_experts": "num_local_experts"},
             **dict(vocab_size=32_000, max_seq_len=131_072, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8),

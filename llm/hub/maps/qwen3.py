@@ -16,7 +16,7 @@ from llm.hub.maps.common import (
     write_windows,
 )
 from llm.hub.rope import read_rope, write_rope
-from llm.hub.tables import Published, check_count, check_kind, join, same
+from llm.hub.tables import Published, Row, as_tuple, check_count, check_kind, join, same
 from llm.models.case_studies.qwen2_moe import Qwen2MoE
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
@@ -52,11 +52,19 @@ def text_of_vision(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | dict(text)
 
 
+def in_vision(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows of a text model that is a part of one that sees images, too."""
+    return tuple(
+        (ours, tuple(name.replace("model.", "model.language_model.", 1) for name in as_tuple(theirs)), operation)
+        for ours, theirs, operation in rows
+    )
+
+
 def read_vision(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return read_rope(left, ours, default_theta=500_000.0)
 
 
-def read_experts(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+def read_dense_layers(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """Layers whose number, counted from 1, is a multiple of `decoder_sparse_step` have experts, except those in
     `mlp_only_layers` (counted from 0). transformers 5 has another name for the number of experts."""
     step, dense = left.pop("decoder_sparse_step", 1), left.pop("mlp_only_layers", None) or []
@@ -66,7 +74,11 @@ def read_experts(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     check_count("num_local_experts", n_experts)
     sparse = [layer for layer in range(ours["n_layers"]) if layer not in dense and (layer + 1) % step == 0]
     dense_layers = tuple(layer for layer in range(ours["n_layers"]) if layer not in sparse)
-    return {"n_experts": n_experts, "dense_layers": dense_layers, **read_rope(left, ours)}
+    return {"n_experts": n_experts, "dense_layers": dense_layers}
+
+
+def read_experts(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    return read_dense_layers(left, ours) | read_rope(left, ours)
 
 
 def read_three(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +89,12 @@ def read_three(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return read_experts(left, ours) | {"window_size": window if use else None}
 
 
+def write_dense_layers(config: Any) -> dict[str, Any]:
+    return {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
+
+
 def write_experts(config: Qwen3MoE.Config) -> dict[str, Any]:
-    return {**write_rope(config), "decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
+    return write_rope(config) | write_dense_layers(config)
 
 
 def write_three(config: Qwen3MoE.Config) -> dict[str, Any]:
@@ -94,6 +110,10 @@ EXPERT_ROWS = (
         join(2),
     ),
     (OURS + "ffn.experts.down_proj[{expert}]", THEIRS + "mlp.experts.{expert}.down_proj.weight", same),
+)
+SHARED_ROWS = (
+    (OURS + "ffn.shared.gate.weight", THEIRS + "mlp.shared_expert_gate.weight", same),
+    (OURS + "ffn.shared.expert.*", THEIRS + "mlp.shared_expert.*", same),
 )
 PUBLISHED = {
     Qwen2: Published(
@@ -142,8 +162,7 @@ PUBLISHED = {
             *PRE_NORM,
             MIXER,
             *EXPERT_ROWS,
-            (OURS + "ffn.shared.gate.weight", THEIRS + "mlp.shared_expert_gate.weight", same),
-            (OURS + "ffn.shared.expert.*", THEIRS + "mlp.shared_expert.*", same),
+            *SHARED_ROWS,
             FFN,
         ),
         fields=fields(
@@ -162,14 +181,13 @@ PUBLISHED = {
         write=write_experts,
     ),
 }
-VISION = "model.language_model."
 READ_ONLY = (
     (
         Qwen3,
         Published(
             model_type="qwen3_vl",
             architecture="Qwen3VLForConditionalGeneration",
-            names=tuple((ours, theirs.replace("model.", VISION, 1), same) for ours, theirs, _ in DECODER),
+            names=in_vision(DECODER),
             fields=fields(
                 **dict(vocab_size=151_936, max_seq_len=128_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32),
                 **dict(head_dim=128, d_ff=22_016, norm_eps=1e-6, tie_embeddings=False, attention_bias=False),

@@ -26,8 +26,8 @@ from llm.modules.position_encoding.rope_settings import Settings, make_scaling
 
 
 @dataclass(frozen=True)
-class DeepseekConfig(ModelConfig):
-    """The sizes that V2 and V3 have. By default 37 M parameters, of which a token uses 16 M."""
+class LatentExpertsConfig(ModelConfig):
+    """Latent attention over fine-grained experts, without RoPE: the sizes that Kimi Linear has, too."""
 
     n_heads: int = 16
     """Attention heads."""
@@ -41,10 +41,6 @@ class DeepseekConfig(ModelConfig):
     """Width of the rotated part; its key is shared by all heads; must be even."""
     v_head_dim: int = 32
     """Width of a value head."""
-    rope_theta: float = 10_000.0
-    """Base of the rotation; raise it for longer contexts."""
-    rope_scaling: Settings = field(default_factory=dict)
-    """Extension of the context: rope_type (yarn, linear, dynamic, llama3) and its settings. Empty: none."""
     n_dense_layers: int = 1
     """How many first layers have one wide feed-forward layer instead of experts."""
     d_ff: int = 1376
@@ -70,13 +66,27 @@ class DeepseekConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "n_heads", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
-        check_positive(self, "v_head_dim", "rope_theta", "d_ff", "n_experts", "top_k", "d_expert")
+        check_positive(self, "v_head_dim", "d_ff", "n_experts", "top_k", "d_expert")
         check_positive(self, "n_groups", "top_k_groups")
         for name in ("n_dense_layers", "n_shared_experts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative ({flag(self, name)})")
-        check_even(self, "qk_rope_head_dim")
         check_routing(self.n_experts, self.top_k, self.n_groups, self.top_k_groups)
+
+
+@dataclass(frozen=True)
+class DeepseekConfig(LatentExpertsConfig):
+    """The sizes that V2 and V3 have. By default 37 M parameters, of which a token uses 16 M."""
+
+    rope_theta: float = 10_000.0
+    """Base of the rotation; raise it for longer contexts."""
+    rope_scaling: Settings = field(default_factory=dict)
+    """Extension of the context: rope_type (yarn, linear, dynamic, llama3) and its settings. Empty: none."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "rope_theta")
+        check_even(self, "qk_rope_head_dim")
         make_scaling(self.rope_scaling)
 
     @property
@@ -87,8 +97,8 @@ class DeepseekConfig(ModelConfig):
         return scale * yarn_mscale(self.rope_scaling["factor"], mscale) ** 2 if mscale else scale
 
 
-def latent_options(c: DeepseekConfig) -> dict[str, Any]:
-    """The arguments of LatentAttention."""
+def latent_sizes(c: LatentExpertsConfig) -> dict[str, Any]:
+    """The sizes among the arguments of LatentAttention."""
     return dict(
         d_model=c.d_model,
         n_heads=c.n_heads,
@@ -97,16 +107,20 @@ def latent_options(c: DeepseekConfig) -> dict[str, Any]:
         qk_nope_head_dim=c.qk_nope_head_dim,
         qk_rope_head_dim=c.qk_rope_head_dim,
         v_head_dim=c.v_head_dim,
-        rope=RoPE(c.qk_rope_head_dim, c.rope_theta, interleaved=True, scaling=make_scaling(c.rope_scaling)),
-        scale=c.attention_scale,
     )
+
+
+def latent_options(c: DeepseekConfig) -> dict[str, Any]:
+    """The arguments of LatentAttention."""
+    rope = RoPE(c.qk_rope_head_dim, c.rope_theta, interleaved=True, scaling=make_scaling(c.rope_scaling))
+    return latent_sizes(c) | dict(rope=rope, scale=c.attention_scale)
 
 
 def latent_attention(c: DeepseekConfig) -> LatentAttention:
     return LatentAttention(**latent_options(c))
 
 
-def shared_and_routed(c: DeepseekConfig, router: Router) -> MoE:
+def shared_and_routed(c: LatentExpertsConfig, router: Router) -> MoE:
     experts = GatedExperts(c.d_model, c.d_expert, c.n_experts)
     shared = SwiGLU(c.d_model, c.n_shared_experts * c.d_expert) if c.n_shared_experts else None
     return MoE(router, experts, shared)

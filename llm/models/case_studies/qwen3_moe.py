@@ -27,6 +27,17 @@ from llm.modules.masks import Window, causal
 from llm.modules.norms import RMSNorm
 
 
+def check_dense_layers(config: CaseStudyConfig) -> None:
+    """Make `dense_layers` a tuple, since JSON knows lists only. Raises ValueError where it names a layer that is not
+    there."""
+    object.__setattr__(config, "dense_layers", tuple(config.dense_layers))
+    outside = [layer for layer in config.dense_layers if not 0 <= layer < config.n_layers]
+    if outside:
+        raise ValueError(
+            f"dense_layers names {outside}, but layers are 0 to {config.n_layers - 1} (--model.dense-layers)"
+        )
+
+
 class Qwen3MoE(Transformer):
     @dataclass(frozen=True)
     class Config(CaseStudyConfig):
@@ -59,12 +70,7 @@ class Qwen3MoE(Transformer):
             super().__post_init__()
             check_positive(self, "d_expert", "window_size")
             check_routing(self.n_experts, self.top_k)
-            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))  # JSON knows lists only
-            outside = [layer for layer in self.dense_layers if not 0 <= layer < self.n_layers]
-            if outside:
-                raise ValueError(
-                    f"dense_layers names {outside}, but layers are 0 to {self.n_layers - 1} (--model.dense-layers)"
-                )
+            check_dense_layers(self)
 
     def make_block(self, layer: int) -> Block:
         c = self.config

@@ -1,0 +1,17 @@
+"""Train `qwen3_5` (llm/models/case_studies/qwen3_5.py); `--help` names every flag."""
+
+from llm.data.files import open_tokens
+from llm.models.case_studies.qwen3_5 import Qwen35
+from llm.training.flags import command, parse_arguments
+from llm.training.loop import train
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse_arguments(Qwen35.Config, arguments)
+    data = open_tokens(settings.train.data)  # two memory-mapped arrays of tokens
+    train(Qwen35, settings.model_for(data), settings.train, data)
+
+
+if __name__ == "__main__":
+    main()
