@@ -26,6 +26,7 @@ from llm.models.case_studies.phi3 import Phi3
 from llm.models.case_studies.qwen2_moe import Qwen2MoE
 from llm.models.case_studies.qwen3 import Qwen2, Qwen3
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
+from llm.models.case_studies.sdar import SDAR
 from llm.models.case_studies.smollm3 import SmolLM3
 from llm.models.delta_net import DeltaNetDecoder
 from llm.models.flash_attention import FlashAttentionDecoder
@@ -134,4 +135,5 @@ MODELS: dict[str, type[Transformer]] = {
     "gpt_oss": GPTOSS,
     "llada": LLaDA,
     "dream": Dream,
+    "sdar": SDAR,
 }
