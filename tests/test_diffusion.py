@@ -147,6 +147,22 @@ def test_the_mask_of_two_copies_is_the_papers():
     assert torch.equal(shown, expected)
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_order_of_blocks_in_memory_is_nothing_their_positions_are_all(name, tokens):
+    """Both copies with their blocks shuffled: each token gets what it gets in order."""
+    model = tiny_model(name, block_size=4)
+    p = torch.arange(24)
+    noisy = tokens.masked_fill(p % 3 == 0, model.mask_token)
+    x = torch.cat([model.embed(noisy, p), model.embed(tokens, p)], 1)
+    positions, whole = torch.cat([p + masks.NOISY, p]), torch.cat([noisy, tokens], 1)
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(6))
+    places = (shuffled[:, None] * 4 + torch.arange(4)).flatten()
+    with torch.no_grad():
+        in_order = model.run_blocks(x, positions[None], [None] * 2, whole)
+        found = model.run_blocks(x[:, places], positions[places][None], [None] * 2, whole[:, places])
+    torch.testing.assert_close(found, in_order[:, places], rtol=0, atol=1e-10)
+
+
 # What is hidden
 
 
@@ -513,6 +529,16 @@ def test_a_sampler_draws_for_several_places_as_it_does_for_one():
     for row, place in itertools.product(range(2), range(3)):
         alone = Sampler(sampler_of(1).generators * 300, 0.7, top_k=4, top_p=0.9)(logits[row, place].expand(300, -1))
         assert set(alone.tolist()) == set(kept[row, place].nonzero()[:, 0].tolist())
+
+
+def test_a_draw_with_a_temperature_is_the_papers_gumbel_noise():
+    """LLaDA's formula: the largest of exp(logits) / (-log u)^temperature, u uniform."""
+    draw, temperature, n = torch.Generator().manual_seed(0), 0.7, 40_000
+    logits = torch.tensor([0.3, 1.5, -0.4, 0.9])
+    noise = -torch.rand(n, 4, generator=draw, dtype=torch.float64).log()
+    theirs = (logits.double().exp() / noise**temperature).argmax(-1).bincount(minlength=4) / n
+    ours = Sampler((draw,), temperature)(logits.expand(1, n, 4)).flatten().bincount(minlength=4) / n
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.012)
 
 
 @pytest.mark.parametrize(
