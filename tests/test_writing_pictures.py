@@ -8,8 +8,8 @@ import torch
 from conftest import tiny_model
 
 from llm.analysis import story_picture, writing_steps
+from llm.analysis.judge import read, surprise
 from llm.analysis.story_picture import Arguments, svg, write_watched
-from llm.analysis.writing_steps import read, surprise
 from llm.models import MODELS
 from llm.modules.diffusion.unmasking import Unmasking
 from llm.training.flags import parse_arguments

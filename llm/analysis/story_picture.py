@@ -6,6 +6,7 @@ In a browser the tokens appear in the order in which they were written, block af
 whole story is there, and its colours tell the order within each block. Blog: Diffusion.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
@@ -24,6 +25,7 @@ from llm.generate.sampling import Sampler
 from llm.generate.text import encode_prompt, end_of_text
 from llm.models.denoiser import Denoiser
 from llm.modules.diffusion.unmasking import Unmasking
+from llm.training.checkpoint import CheckpointError
 from llm.training.device import find_device
 
 WIDTH, MARGIN, SIZE, LEADING = 880, 20, 15, 27  # of the picture, of its border, of letters and of lines, in pixels
@@ -165,4 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        sys.exit(f"error: {error}")

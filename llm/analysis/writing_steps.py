@@ -11,17 +11,17 @@ Blog: Diffusion.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
 
 from llm.analysis.accounting import describe
+from llm.analysis.judge import read, stories
 from llm.console import console
 from llm.data.files import Data, open_tokens
 from llm.files import replacing, write_atomically
@@ -29,6 +29,7 @@ from llm.generate.load import load_run
 from llm.generate.sampling import Sampler
 from llm.models.transformer import Transformer
 from llm.modules.diffusion.unmasking import Unmasking
+from llm.training.checkpoint import CheckpointError
 from llm.training.curve import new_figure, try_to_draw
 from llm.training.device import find_device
 from llm.training.provenance import git_commit
@@ -63,41 +64,6 @@ class Arguments:
     """The picture."""
 
 
-def stories(data: Data, n: int, length: int) -> Tensor:
-    """The first `length` tokens of n stories of the eval split, `<|endoftext|>` before each: (n, length)."""
-    tokens = torch.from_numpy(data.eval.astype("int64"))
-    ends = (tokens == data.eot).nonzero()[:, 0].tolist()
-    begins = [begin for begin, end in pairwise(ends) if end - begin >= length]
-    if len(begins) < n:
-        raise ValueError(f"only {len(begins)} eval stories have {length} tokens: lower --texts or the context")
-    return torch.stack([tokens[begin : begin + length] for begin in begins[:n]])
-
-
-@torch.no_grad()
-def surprise(judge: Transformer, texts: Tensor) -> Tensor:
-    """(B, T) -> nats of each token but the first, given those before it, (B, T - 1).
-
-    Raises ValueError for a judge that does not write from left to right.
-    """
-    if judge.causal:
-        logits = judge(texts[:, :-1])
-    elif judge.group_size(texts.shape[1]) == 1:
-        logits = judge.choices(judge.denoise(torch.full_like(texts, judge.mask_token), texts))[:, 1:]
-    else:
-        raise ValueError("the judge must be autoregressive: name a run of autoregressive_twin or baseline (--judge)")
-    return -logits.log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
-
-
-def read(judge: Transformer, texts: Tensor, n_prompt: int, eot: int) -> dict[str, float]:
-    """What the judge says of the written part of each text, up to its end: the mean over texts, and how sure it is."""
-    written = texts[:, n_prompt:]
-    kept = ((written == eot).cumsum(1) - (written == eot).int()) == 0
-    nats = (surprise(judge, texts)[:, n_prompt - 1 :] * kept).sum(1) / kept.sum(1)
-    different = [len(row[k].unique()) / k.sum().item() for row, k in zip(written, kept, strict=True)]
-    error = (nats.std() / len(nats) ** 0.5).item()
-    return {"nats": nats.mean().item(), "nats_error": error, "different": sum(different) / len(different)}
-
-
 def counting(model: Transformer) -> Callable[[], int]:
     """Count the forward passes of a model from now on; returns what tells their number."""
     passes = []
@@ -107,7 +73,9 @@ def counting(model: Transformer) -> Callable[[], int]:
 
 def measure(run: Path, judge: Transformer, data: Data, a: Arguments) -> list[dict[str, Any]]:
     """The rows of one run, one for each number of steps and each order."""
-    rows, device = [], find_device(a.device)
+    rows, device, config = [], find_device(a.device), existing_config(run)
+    tokens = config["train"]["steps"] * config["train"]["tokens_per_step"]
+    origin = {"study": "writing_steps", "training_tokens": tokens, "commit": git_commit(), "device": str(device)}
     for steps, order in ((steps, order) for steps in a.steps for order in a.orders):
         model, tokenizer = load_run(run, device)
         model.unmasking = Unmasking(steps=steps, order=order, seed=a.seed)
@@ -118,19 +86,12 @@ def measure(run: Path, judge: Transformer, data: Data, a: Arguments) -> list[dic
         prompts, passes = stories(data, a.texts, length)[:, : a.prompt].to(device), counting(model)
         sampler = Sampler(tuple(torch.Generator(device).manual_seed(a.seed + i) for i in range(a.texts)))
         texts = torch.cat([prompts, *model.generate(prompts, length - a.prompt, sampler)], 1)
-        row = {"model": existing_config(run)["model_name"], "steps": steps, "order": order, "block_size": block}
+        row = {"model": config["model_name"], "steps": steps, "order": order, "block_size": block}
         row |= {"tokens_per_pass": (length - a.prompt) / passes(), **read(judge, texts, a.prompt, data.eot)}
         row |= {"flops_per_written_token": describe(model)["flops_per_written_token"], "texts": a.texts, "seed": a.seed}
-        rows.append(row | origin(run, device) | {"written": tokenizer.decode(texts[0].tolist())})
+        rows.append(row | origin | {"written": tokenizer.decode(texts[0, a.prompt :].tolist())})
         print(f"{row['model']}, {steps} steps, {order}: {row['nats']:.3f} ± {row['nats_error']:.3f} nats", flush=True)
     return rows
-
-
-def origin(run: Path, device: torch.device) -> dict[str, Any]:
-    """Which training and which code a row comes from."""
-    train = existing_config(run)["train"]
-    tokens = train["steps"] * train["tokens_per_step"]
-    return {"study": "writing_steps", "training_tokens": tokens, "commit": git_commit(), "device": str(device)}
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -155,6 +116,7 @@ def draw(rows: list[dict], path: Path) -> None:
             if row["model"] == "text":
                 panel.axhline(row[key], color="black", linewidth=1, linestyle=":", label="the stories themselves")
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel("written tokens per forward pass; the numbers are steps a block")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -176,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
         data, (judge, _) = open_tokens(a.data), load_run(a.judge, find_device(a.device))
         new = [row for run in a.runs for row in measure(run, judge, data, a)]
         real = stories(data, a.texts, judge.config.max_seq_len)
-        new.append({"model": "text", **read(judge, real, a.prompt, data.eot), **origin(a.judge, find_device(a.device))})
+        new.append({"model": "text", **read(judge, real, a.prompt, data.eot)})
         named = {row["model"] for row in new}
         rows = [row for row in rows if row["model"] not in named] + new
         a.rows.parent.mkdir(parents=True, exist_ok=True)
@@ -187,4 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
