@@ -22,6 +22,7 @@ from llm.hub.tables import PretrainedError, read_config
 from llm.models import MODELS
 from llm.models.case_studies.dream import Dream
 from llm.models.case_studies.llada import LLaDA
+from llm.models.case_studies.sdar import SDAR
 from llm.models.denoiser import Denoiser
 from llm.modules import masks
 from llm.modules.cache import STEP
@@ -144,6 +145,22 @@ def test_the_mask_of_two_copies_is_the_papers():
     earlier = block[:, None] > block
     expected = torch.cat([torch.cat([own, earlier], 1), torch.cat([torch.zeros(n, n).bool(), own | earlier], 1)])
     assert torch.equal(shown, expected)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_order_of_blocks_in_memory_is_nothing_their_positions_are_all(name, tokens):
+    """Both copies with their blocks shuffled: each token gets what it gets in order."""
+    model = tiny_model(name, block_size=4)
+    p = torch.arange(24)
+    noisy = tokens.masked_fill(p % 3 == 0, model.mask_token)
+    x = torch.cat([model.embed(noisy, p), model.embed(tokens, p)], 1)
+    positions, whole = torch.cat([p + masks.NOISY, p]), torch.cat([noisy, tokens], 1)
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(6))
+    places = (shuffled[:, None] * 4 + torch.arange(4)).flatten()
+    with torch.no_grad():
+        in_order = model.run_blocks(x, positions[None], [None] * 2, whole)
+        found = model.run_blocks(x[:, places], positions[places][None], [None] * 2, whole[:, places])
+    torch.testing.assert_close(found, in_order[:, places], rtol=0, atol=1e-10)
 
 
 # What is hidden
@@ -514,6 +531,16 @@ def test_a_sampler_draws_for_several_places_as_it_does_for_one():
         assert set(alone.tolist()) == set(kept[row, place].nonzero()[:, 0].tolist())
 
 
+def test_a_draw_with_a_temperature_is_the_papers_gumbel_noise():
+    """LLaDA's formula: the largest of exp(logits) / (-log u)^temperature, u uniform."""
+    draw, temperature, n = torch.Generator().manual_seed(0), 0.7, 40_000
+    logits = torch.tensor([0.3, 1.5, -0.4, 0.9])
+    noise = -torch.rand(n, 4, generator=draw, dtype=torch.float64).log()
+    theirs = (logits.double().exp() / noise**temperature).argmax(-1).bincount(minlength=4) / n
+    ours = Sampler((draw,), temperature)(logits.expand(1, n, 4)).flatten().bincount(minlength=4) / n
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.012)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [({"steps": 0}, "steps = 0"), ({"block_size": 0}, "block_size = 0"), ({"order": "sideways"}, "sideways")],
@@ -561,7 +588,7 @@ def test_training_blocks_takes_both_copies_through_the_blocks():
     assert costs["training_flops_per_token"] == 3 * (2 * costs["flops_per_token"] - head)
 
 
-# LLaDA and Dream as published
+# LLaDA, Dream and SDAR as published
 
 
 def save_as_llada(theirs, folder: Path) -> None:
@@ -601,6 +628,17 @@ PUBLISHED_LLADA = {
     **dict(scale_logits=False, transformers_version="4.46.3", use_cache=False, vocab_size=126_464, weight_tying=False),
 }
 """config.json of GSAI-ML/LLaDA-8B-Instruct."""
+PUBLISHED_SDAR = {
+    **dict(architectures=["SDARForCausalLM"], attention_bias=False, attention_dropout=0.0, auto_map={}, debug=False),
+    **dict(attn_implementation="flex_attention", bos_token_id=151_643, eos_token_id=151_643, ep_size=1, head_dim=128),
+    **dict(fuse_cross_entropy=True, hidden_act="silu", hidden_size=2048, initializer_range=0.02, model_type="sdar"),
+    **dict(intermediate_size=6144, max_position_embeddings=32_768, max_window_layers=28, micro_forward=False),
+    **dict(num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8, rms_norm_eps=1e-6, rope_scaling=None),
+    **dict(rope_theta=1_000_000, skip_checkpoint=False, sliding_window=None, tie_word_embeddings=False),
+    **dict(torch_dtype="bfloat16", transformers_version="4.52.4", use_cache=False, use_deepep=False),
+    **dict(use_sliding_window=False, vocab_size=151_936),
+}
+"""config.json of JetLM/SDAR-1.7B-Chat, which names neither block_size nor mask_token_id."""
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 
 
@@ -641,6 +679,41 @@ def test_dream_equals_a_qwen2_that_sees_everything_and_predicts_one_place_ahead(
     assert predicted[..., 90].isneginf().all()
 
 
+@pytest.mark.parametrize("published", [{}, {"block_size": 8, "mask_token_id": 90}])
+def test_sdar_equals_a_qwen3_whose_mask_lets_a_block_see_itself(published, tmp_path):
+    """The clean text, and both copies in one pass: positions repeat, and the mask is written out place by place."""
+    theirs = original("Qwen3ForCausalLM", head_dim=16, tie_word_embeddings=False, **ROPE)
+    theirs.save_pretrained(tmp_path / "sdar")
+    file = tmp_path / "sdar" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "mask_token_id": 90, **published}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    ours, tokens, size = load_pretrained(tmp_path / "sdar"), draw_tokens(40), published.get("block_size", 4)
+    assert type(ours) is SDAR and ours.mask_token == 90 and ours.config.block_size == size
+    torch.testing.assert_close(ours(tokens).detach(), masked_logits(theirs, tokens, size), rtol=0, atol=2e-5)
+    hidden = torch.rand(2, 40, generator=torch.Generator().manual_seed(3)) < 0.5
+    noisy = tokens.masked_fill(hidden, 90)
+    expected = masked_logits(theirs, torch.cat([noisy, tokens], 1), size, copies=2)[:, :40]
+    torch.testing.assert_close(ours.unembed(ours.denoise(noisy, tokens)).detach(), expected, rtol=0, atol=2e-5)
+    again = load_pretrained(export_pretrained(ours, tmp_path / "again"))
+    assert again.config == ours.config
+    assert torch.equal(again(tokens), ours(tokens))
+
+
+@torch.no_grad()
+def masked_logits(theirs, tokens, block_size, copies=1):
+    """A model of transformers with the mask of block diffusion, decided for each pair of places by itself."""
+    n = tokens.shape[1] // copies
+    mask = torch.full((len(tokens), 1, copies * n, copies * n), torch.finfo().min)
+    for q, k in itertools.product(range(copies * n), repeat=2):
+        q_clean, k_clean = q >= (copies - 1) * n, k >= (copies - 1) * n
+        own, earlier = k % n // block_size == q % n // block_size, k % n // block_size < q % n // block_size
+        if (own and q_clean == k_clean) or (earlier and k_clean):
+            mask[:, :, q, k] = 0
+    positions = (torch.arange(copies * n) % n).expand(len(tokens), -1)
+    return theirs(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
 def test_the_published_config_is_the_published_size():
     assert LLaDA.Config(**read_config(PUBLISHED[LLaDA], PUBLISHED_LLADA)) == SIZES[LLaDA]["llada-8b"]
     dream = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
@@ -649,10 +722,17 @@ def test_the_published_config_is_the_published_size():
     )
     dream |= dict(max_position_embeddings=131_072, model_type="Dream", tie_word_embeddings=False)
     assert Dream.Config(**read_config(PUBLISHED[Dream], dream)) == SIZES[Dream]["dream-7b"]
+    assert SDAR.Config(**read_config(PUBLISHED[SDAR], PUBLISHED_SDAR)) == SIZES[SDAR]["sdar-1.7b"]
 
 
 @pytest.mark.parametrize(
-    ("Model", "size", "n"), [(LLaDA, "llada-8b", 8_015_581_184), (Dream, "dream-7b", 7_615_616_512)]
+    ("Model", "size", "n"),
+    [
+        (LLaDA, "llada-8b", 8_015_581_184),
+        (Dream, "dream-7b", 7_615_616_512),
+        (SDAR, "sdar-1.7b", 2_031_739_904),
+        (SDAR, "sdar-8b", 8_190_735_360),
+    ],
 )
 def test_published_sizes_have_the_published_number_of_parameters(Model, size, n):
     with torch.device("meta"):

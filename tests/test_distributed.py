@@ -157,6 +157,26 @@ def test_experts_and_their_balance_are_those_of_one_rank(data, tmp_path):
     assert biases[0] and all(biases[0][name].equal(biases[1][name]) and biases[0][name].any() for name in biases[0])
 
 
+def test_a_diffusion_model_hides_the_same_on_two_ranks_and_after_a_stop(data, tmp_path, monkeypatch):
+    """What a bound draws depends on the seed, the step and the window: not on ranks, and not on a resumed run."""
+
+    def run(out):
+        script("train_block_diffusion").main(flags(MIXTURE | {"--eval-every": 5, "--data": data, "--out": out}))
+        return out
+
+    one = run(tmp_path / "one")
+    assert on_two_ranks(lambda rank: run(tmp_path / "two")) == [0, 0]
+    assert equal(tmp_path / "two", one)
+    with monkeypatch.context() as stopping, pytest.raises(SystemExit):
+        at_step(stopping, 3, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+        run(tmp_path / "stopped")
+    assert saved_steps(tmp_path / "stopped") == [3]
+    run(tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(one) and evaluations(tmp_path / "stopped") == evaluations(one)
+    after, straight = weights(tmp_path / "stopped"), weights(one)
+    assert all(after[name].equal(straight[name]) for name in straight)
+
+
 def test_ranks_that_see_different_run_directories_are_refused(data, one, tmp_path):
     def act(rank):
         train_baseline(data, one if rank == 0 else tmp_path / "elsewhere", *flags(TEN_STEPS))

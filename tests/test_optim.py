@@ -9,6 +9,7 @@ from training import evaluations, losses, same_weights, train_baseline, write_co
 
 from llm.config import TrainConfig
 from llm.models import MODELS
+from llm.training import optim
 from llm.training.checkpoint import find_checkpoints
 from llm.training.optim import fit_groups, make_optimizer, split_by_decay
 
@@ -65,6 +66,24 @@ def test_a_step_of_muon_is_the_orthogonal_factor_of_the_gradient(shape):
     assert mixed.diagonal().min() > 0.5
     assert mixed.diagonal().max() < 1.3
     assert (mixed - mixed.diagonal().diag()).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(("has_bf16", "tolerance"), [(True, 0), (False, 2e-3)])
+def test_muon_is_torchs_up_to_the_dtype_of_its_iteration(has_bf16, tolerance, monkeypatch):
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: has_bf16)
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((12, 20), (20, 12)):
+        ours = torch.nn.Parameter(torch.randn(shape, generator=draw))
+        theirs = torch.nn.Parameter(ours.detach().clone())
+        both = [optim.Muon([ours], 0.1, 0.3)]
+        both += [torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")]
+        for _ in range(3):
+            ours.grad = torch.randn(shape, generator=draw)
+            theirs.grad = ours.grad.clone()
+            for optimizer in both:
+                optimizer.step()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+        assert not has_bf16 or both[0].state_dict()["state"][0].keys() == both[1].state_dict()["state"][0].keys()
 
 
 def test_both_optimisers_decay_and_take_the_rate_of_the_schedule():

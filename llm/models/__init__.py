@@ -37,6 +37,7 @@ from llm.models.case_studies.qwen3_5 import Qwen35, Qwen35MoE
 from llm.models.case_studies.qwen3_moe import Qwen3MoE
 from llm.models.case_studies.qwen3_next import Qwen3Next
 from llm.models.case_studies.recurrent_gemma import RecurrentGemma
+from llm.models.case_studies.sdar import SDAR
 from llm.models.case_studies.smollm3 import SmolLM3
 from llm.models.delta_net import DeltaNetDecoder
 from llm.models.flash_attention import FlashAttentionDecoder
@@ -158,4 +159,5 @@ MODELS: dict[str, type[Transformer]] = {
     "recurrent_gemma": RecurrentGemma,
     "llada": LLaDA,
     "dream": Dream,
+    "sdar": SDAR,
 }

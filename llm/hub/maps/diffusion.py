@@ -1,4 +1,4 @@
-"""LLaDA and Dream as published. Their repositories bring their own code, since transformers has no class of them."""
+"""LLaDA, Dream and SDAR as published. Transformers has no class of them: their repositories bring their own code."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from llm.hub.rope import read_rope, write_rope
 from llm.hub.tables import PretrainedError, Published, check_kind, same
 from llm.models.case_studies.dream import Dream
 from llm.models.case_studies.llada import LLaDA
+from llm.models.case_studies.sdar import SDAR
 
 THEIRS = "model.transformer.blocks.{layer}."
 LLADA_NAMES = (
@@ -42,6 +43,7 @@ NO_EFFECT = frozenset(
 
 FULL_ATTENTION = {"hidden_act": ("silu",), "use_sliding_window": (False,), "layer_types": ("full_attention", None)}
 UNUSED_WINDOW = frozenset({"sliding_window", "max_window_layers"})
+HOW_TO_TRAIN = frozenset({"debug", "ep_size", "fuse_cross_entropy", "micro_forward", "skip_checkpoint", "use_deepep"})
 
 
 def read_llada(left: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -87,12 +89,33 @@ PUBLISHED = {
         read=read_rope,
         write=write_rope,
     ),
+    SDAR: Published(
+        model_type="sdar",
+        architecture="SDARForCausalLM",
+        own_code=True,
+        names=DECODER,
+        fields=(
+            *dense_fields(head_dim=128),
+            ("mask_token", "mask_token_id", 151_669),
+            ("block_size", "block_size", 4),
+        ),
+        required={**FULL_ATTENTION, "attention_bias": (False,)},
+        ignored=UNUSED_WINDOW | HOW_TO_TRAIN,
+        read=read_rope,
+        write=write_rope,
+    ),
 }
 EIGHT_B = dict(vocab_size=126_464, max_seq_len=4096, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ff=12_288)
 SEVEN_B = dict(vocab_size=152_064, max_seq_len=131_072, d_model=3584, n_layers=28, n_heads=28, n_kv_heads=4)
+FOUR_TOKENS = dict(vocab_size=151_936, max_seq_len=32_768, n_kv_heads=8, head_dim=128, rope_theta=1e6, norm_eps=1e-6)
+FOUR_TOKENS |= dict(tie_embeddings=False, mask_token=151_669, block_size=4)
 SIZES = {
     LLaDA: {"llada-8b": dict(EIGHT_B, rope_theta=500_000.0, tie_embeddings=False, mask_token=126_336)},
     Dream: {
         "dream-7b": dict(SEVEN_B, d_ff=18_944, rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, mask_token=151_666)
+    },
+    SDAR: {
+        "sdar-1.7b": dict(FOUR_TOKENS, d_model=2048, n_layers=28, n_heads=16, d_ff=6144),
+        "sdar-8b": dict(FOUR_TOKENS, d_model=4096, n_layers=36, n_heads=32, d_ff=12_288),
     },
 }
