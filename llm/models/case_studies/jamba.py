@@ -63,7 +63,9 @@ class Jamba(Transformer):
 
         def __post_init__(self):
             super().__post_init__()
-            check_positive(self, "attention_period", "expert_period", "expand", "d_state", "d_conv", "dt_rank")
+            check_positive(
+                self, "attention_period", "expert_period", "expand", "d_state", "d_conv", "dt_rank", "head_dim"
+            )
             for kind in ("attention", "expert"):
                 offset, period = getattr(self, f"{kind}_offset"), getattr(self, f"{kind}_period")
                 if not 0 <= offset < period:

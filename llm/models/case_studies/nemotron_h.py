@@ -80,7 +80,7 @@ class NemotronH(Transformer):
         def __post_init__(self):
             super().__post_init__()
             check_positive(self, "n_mamba_heads", "mamba_head_dim", "n_mamba_groups", "d_state", "d_conv", "d_expert")
-            check_positive(self, "d_shared", "d_latent", "n_groups", "top_k_groups")
+            check_positive(self, "head_dim", "d_shared", "d_latent", "n_groups", "top_k_groups")
             check_routing(self.n_experts, self.top_k, self.n_groups, self.top_k_groups)
             if not self.pattern or set(self.pattern) - set("M*-E"):
                 raise ValueError(f"pattern = {self.pattern!r} must consist of M, *, - and E (--model.pattern)")
