@@ -4,6 +4,7 @@ Machines are noisy, and what disturbs a measurement lasts for seconds or minutes
 A B C, ..), each waits while another works, and only medians and ratios within one run are worth reading.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -37,8 +38,15 @@ class Contestant:
 
     def measure(self) -> dict:
         """One measurement. Raises RuntimeError where the child has died; what it said stands above."""
+        self.begin()
+        return self.result()
+
+    def begin(self) -> None:
+        """Begin a measurement, whose `result` is to be read."""
         self.child.stdin.write("go\n")
         self.child.stdin.flush()
+
+    def result(self) -> dict:
         for line in self.child.stdout:
             if line.startswith("{"):
                 return json.loads(line)
@@ -56,16 +64,23 @@ def answer(measure: Callable[[], dict]) -> None:
 
 
 def in_turn(contestants: dict[str, Contestant], turns: int) -> dict[str, list[dict]]:
-    """`turns` measurements of each, one after the other, after one that warms up. One that dies is left out."""
+    """`turns` measurements of each, one after the other, after one that warms up. One that dies is left out.
+
+    All warm up at once, since importing and compiling take longer than what is measured.
+    """
     results = {name: [] for name in contestants}
+    for contestant in contestants.values():
+        with contextlib.suppress(BrokenPipeError):  # its `result` says that it has died
+            contestant.begin()
     bar = tqdm(total=(turns + 1) * len(contestants), unit="measurement", dynamic_ncols=True)
     for turn in range(turns + 1):
         for name in list(results):
             bar.set_postfix_str(name)
             try:
-                result = contestants[name].measure()
                 if turn:
-                    results[name].append(result)
+                    results[name].append(contestants[name].measure())
+                else:
+                    contestants[name].result()
             except (RuntimeError, BrokenPipeError) as error:
                 bar.write(f"{name} is left out: {error}", file=sys.stderr)
                 del results[name]
