@@ -26,6 +26,7 @@ from llm.modules.recurrent import core, mamba
 from llm.modules.recurrent.delta import GatedDeltaNet
 from llm.modules.recurrent.mamba2 import Mamba2
 from llm.modules.recurrent.retention import Retention
+from llm.modules.recurrent.rg_lru import RGLRU
 
 T = 48
 
@@ -65,7 +66,8 @@ def recurrent_flops(model) -> float:
     parts = [
         m for m in model.modules() if type(m).__module__.startswith("llm.modules.recurrent") and hasattr(m, "flops")
     ]
-    return sum(part.flops(T) for part in parts)
+    gates = [p for part in parts if isinstance(part, RGLRU) for p in (part.recurrent_weight, part.input_weight)]
+    return sum(part.flops(T) for part in parts) - sum(2 * weight.numel() for weight in gates)  # products, for torch too
 
 
 @pytest.fixture

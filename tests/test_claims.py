@@ -95,4 +95,3 @@ def test_every_committed_row_says_where_it_ran_and_with_which_seed(file: Path):
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         assert {"seed", "commit", "device"} <= row.keys() and len(row["commit"]) >= 40
-        assert "dirty" not in row["commit"]

@@ -10,6 +10,9 @@ from torch.utils._pytree import tree_leaves
 from llm.models import MODELS
 
 GPU = torch.device("cuda", 0)
+# Autograd counts the devices at its first use. After a fake GPU it would start a thread for it, and then no test in
+# this process could fork and train.
+torch.ones((), requires_grad=True).backward()
 
 
 class Elsewhere(TorchDispatchMode):

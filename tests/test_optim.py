@@ -33,9 +33,10 @@ def test_muon_takes_the_matrices_of_the_blocks_and_every_parameter_has_one_optim
     assert {owner[id(p)] for p in projections} == {"muon"}
 
 
-MATRIX = r".*(_proj|shared\.gate|\.proj|router|tok_embed|table|lm_head|\.conv)\.weight|.*experts\.\w+_proj"
+MATRIX = r".*(_proj|shared\.gate|\.proj|router|tok_embed|table|lm_head|\.conv)\.weight|.*experts\.\w+_proj|"
+MATRIX += r".*\.(recurrent|input)_weight"
 VECTOR = r".*norm\.(weight|bias)|.*\.bias|.*_bias|.*\.sinks|.*mixer\.[uv]|"
-VECTOR += r".*\.(A_log|D|mu|k_a|k_k|r_k|place|hidden_token)"
+VECTOR += r".*\.(A_log|Lambda|D|mu|k_a|k_k|r_k|place|hidden_token)"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -548,7 +548,8 @@ def test_the_script_writes_rows_table_and_picture_and_goes_on(tmp_path, monkeypa
     assert header == "| | 0 to 15 | 16 to 31 | 32 to 47 |"
     rows = {name: losses for name, *losses in (line.strip("| ").split(" | ") for line in lines)}
     read = ["rope", *(f"rope, {name}" for name in script_module.SCALINGS)]
-    assert set(rows) == {"learned_position", "mamba2", *read, *(f"{name}, tuned" for name in read)}
+    through = ["rope, window", "rope, first tokens and window"]
+    assert set(rows) == {"learned_position", "mamba2", *read, *(f"{name}, tuned" for name in read), *through}
     assert rows.pop("learned_position")[1:] == ["none", "none"]
     assert all(float(loss) > 0 for losses in rows.values() for loss in losses)
     assert rows["rope, dynamic NTK"][0] == rows["rope"][0] != rows["rope, YaRN"][0]

@@ -138,7 +138,7 @@ def test_the_table_takes_the_best_rate_and_pairs_seeds(tmp_path, capsys):
 
 def test_the_ladder_tries_three_rates_and_gives_the_best_more_seeds(data, tmp_path, monkeypatch):
     ladder, asked = script("ladder"), []
-    losses = {("baseline", 4e-3): 3.0, ("rope", 2e-3): 2.5}
+    losses = {("baseline", 8e-3): 3.0, ("rope", 4e-3): 2.5}
 
     def pretend(study, runs, processes):
         asked.extend(runs)
@@ -147,8 +147,8 @@ def test_the_ladder_tries_three_rates_and_gives_the_best_more_seeds(data, tmp_pa
     monkeypatch.setattr(ladder, "complete", pretend)
     ladder.main(["--small", "--models", "rope", "--data", str(data), "--out", str(tmp_path / "rows.jsonl")])
     runs = [(run.model, run.rate, run.seed) for run in asked]
-    assert sorted(runs[:6]) == [(name, rate, 0) for name in ("baseline", "rope") for rate in (2e-3, 4e-3, 8e-3)]
-    assert runs[6:] == [("baseline", 4e-3, 1), ("rope", 2e-3, 1), ("baseline", 4e-3, 2), ("rope", 2e-3, 2)]
+    assert sorted(runs[:6]) == [(name, rate, 0) for name in ("baseline", "rope") for rate in (4e-3, 8e-3, 1.6e-2)]
+    assert runs[6:] == [("baseline", 8e-3, 1), ("rope", 4e-3, 1), ("baseline", 8e-3, 2), ("rope", 4e-3, 2)]
     assert {run.settings["initialization"] for run in asked} == {ladder.INITIALIZATION}
 
 

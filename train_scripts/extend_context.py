@@ -61,7 +61,7 @@ class Arguments:
     """Texts of evaluation are up to so many times as long."""
     steps: int = 512
     """Optimiser steps of 1,024 tokens."""
-    rate: float = 4e-3
+    rate: float = 8e-3
     """Learning rate."""
     seeds: int = 3
     """Runs of each model."""

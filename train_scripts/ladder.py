@@ -29,7 +29,7 @@ from llm.models import MODELS
 from llm.training.curve import new_figure, try_to_draw
 
 # At these the small baseline learns best: docs/results/reference.md.
-INITIALIZATION, RATE = "truncated_normal", 4e-3
+INITIALIZATION, RATE = "truncated_normal", 8e-3
 QUICK = ("baseline", "rope", "output_norm", "swiglu", "grouped_query", "gated_delta_net")
 EPOCHS = 10  # at most, at the default size: text that is read more often is memorised
 

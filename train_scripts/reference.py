@@ -107,10 +107,11 @@ def main(arguments: list[str] | None = None) -> None:
         a = replace(a, rates=a.rates[1:2], schemes=("normal", "truncated_normal"), seeds=1)
     study = Study("reference", a.out, a.data)
     try:
-        rows = read_runs(a.out) if a.report else complete(study, runs(a), a.processes)
+        if not a.report:
+            complete(study, runs(a), a.processes)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    report(rows, a.out)
+    report(read_runs(a.out), a.out)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class MiniMax(Transformer):
 
         small: ClassVar[dict[str, Any]] = {
             **CaseStudyConfig.small,
-            **dict(layer_types=("linear_attention", "full_attention"), head_dim=32, d_ff=100),
+            **dict(layer_types=("linear_attention", "full_attention"), head_dim=32, d_ff=104),
         }
 
         def __post_init__(self):

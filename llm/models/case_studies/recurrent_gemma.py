@@ -72,17 +72,20 @@ class RecurrentGemma(Gemma):
             check_share(self, "partial_rotary_factor")
             check_divides(self, "n_heads", "d_rnn", " or another width (--model.d-rnn)")
 
+        def layer_type(self, layer: int) -> LayerType:
+            return self.layer_types[layer % len(self.layer_types)]
+
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.tok_embed(tokens)
-        factor = torch.tensor(x.shape[-1] ** 0.5, dtype=torch.bfloat16).item()  # bf16(sqrt(2,560)) = 50.5, not 50.6
-        return x * factor
+        factor = x.new_full((), x.shape[-1] ** 0.5, dtype=torch.bfloat16)  # bf16(sqrt(2,560)) = 50.5, not 50.6
+        return x * factor.to(x.dtype)
 
     def make_ffn(self) -> nn.Module:
         return GLU(self.config.d_model, self.config.d_ff, gelu_tanh, bias=True)
 
     def make_mixer(self, layer: int) -> nn.Module:
         c = self.config
-        if c.layer_types[layer % len(c.layer_types)] == "recurrent":
+        if c.layer_type(layer) == "recurrent":
             return GriffinRecurrence(d_model=c.d_model, d_rnn=c.d_rnn, n_heads=c.n_heads, d_conv=c.d_conv)
         heads = grouped_heads(c, c.partial_rotary_factor)
         return MultiHeadAttention(**heads, mask=Window(c.window_size), qkv_bias=c.attention_bias, o_bias=True)

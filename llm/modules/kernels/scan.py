@@ -98,7 +98,7 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gates: Tensor, inputs: Tensor, state: Tensor):
-        states = inputs.transpose(0, 1).contiguous()
+        states = inputs.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # which are changed below
         previous = state
         for gate, here in zip(gates.unbind(1), states, strict=True):
             previous = here.addcmul_(gate, previous)
