@@ -94,4 +94,6 @@ RESULTS = ROOT / "docs" / "results"
 def test_every_committed_row_says_where_it_ran_and_with_which_seed(file: Path):
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if row.get("model") == "text":  # the stories themselves, which nobody trained
+            continue
         assert {"seed", "commit", "device"} <= row.keys() and len(row["commit"]) >= 40

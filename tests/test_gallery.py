@@ -602,7 +602,8 @@ def test_the_ladder_shows_a_model_at_its_best_rate_beside_the_others(tmp_path):
 
 
 def test_the_probes_are_shown_as_their_script_prints_them(tmp_path, capsys):
-    file, flags = tmp_path / "results" / "probes.jsonl", ["--steps", "2", "--batch-size", "2", "--length", "8"]
+    file, flags = tmp_path / "results" / "probes.jsonl", ["--steps", "2", "--batch-size", "2", "--processes", "1"]
+    flags += ["--length", "8"]
     flags += ["--models", "baseline", "rope", "--tasks", "parity", "nested", "--seeds", "2"]
     file.parent.mkdir()
     script("probe").main([*flags, "--out", str(file)])

@@ -8,6 +8,7 @@ are of each is chosen freely. The constants are those of muP (arXiv 2203.03466):
 on a small model serve a large one. Here each is a factor of what a linear layer returns, which computes the same.
 Most sizes have no norm between Mamba-2's gate and its output projection. RoPE's base is 1e11 without any extension.
 Blog: Case studies; State-space models, hybrids.
+Gallery: docs/gallery/index.html#falcon_h1
 """
 
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ RoPE in all layers. The constants let one learning rate suit models of all sizes
 in each published model a = 1 / head_dim in place of 1 / sqrt(head_dim), s = d_model / 256, and r is about
 1.4 / sqrt(n_layers). The router takes the k largest logits and a softmax over these, as Mixtral's.
 Blog: Case studies; State-space models, hybrids.
+Gallery: docs/gallery/index.html#granitemoehybrid
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ would need. The Mamba layers know the order of the tokens, so attention has no p
 keeps large models stable. Each layer has a feed-forward layer, too, which a block of Mamba has not. The weights of the
 two chosen experts do not sum to 1. Jamba 1.5 (August 2024, arXiv 2408.12570) has the same layers.
 Blog: Case studies; State-space models, hybrids.
+Gallery: docs/gallery/index.html#jamba
 """
 
 from dataclasses import dataclass

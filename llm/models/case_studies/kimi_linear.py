@@ -6,6 +6,7 @@ order of the tokens, so the latent attention of every fourth layer has no RoPE: 
 there and stay as they are. The cache of a long text is a fourth of DeepSeek's. Experts and router are those of
 DeepSeek-V3: sigmoid scores, a bias that balances, one shared expert, a dense first layer.
 Blog: Case studies; Linear attention.
+Gallery: docs/gallery/index.html#kimi_linear
 """
 
 from dataclasses import dataclass

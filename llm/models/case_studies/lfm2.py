@@ -7,6 +7,7 @@ LFM2 Technical Report (Liquid AI, November 2025, arXiv 2511.23404): a search ove
 by quality, kept no recurrence longer than three tokens. Ten of the sixteen layers of the 1.2B model are convolutions,
 whose cache is two vectors. Six layers of attention carry everything over longer distances. The feed-forward layers are
 SwiGLU. Blog: Case studies; State-space models, hybrids.
+Gallery: docs/gallery/index.html#lfm2
 """
 
 from dataclasses import dataclass

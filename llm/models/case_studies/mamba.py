@@ -5,6 +5,7 @@ tokens of the Pile. Mamba2 (Dao and Gu, May 2024, arXiv 2405.21060) has the same
 2024) has 7.3 B with eight pairs of B and C. Neither has positions, attention or feed-forward layers, and their state
 does not grow with the text. The models of the ladder scale the embedding by sqrt(d_model); these take it as it is.
 Blog: Case studies; State-space models.
+Gallery: docs/gallery/index.html#mamba_lm, #mamba2_lm
 """
 
 from dataclasses import dataclass

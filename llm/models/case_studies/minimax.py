@@ -8,6 +8,7 @@ attention forgets at a rate fixed by head and layer. Its softmax layers have gro
 turns. The stream is normalised before it is added to, so it keeps its size; alpha = (2 n_layers)^(1/4) after DeepNorm
 (arXiv 2203.00555) keeps the deep layers trainable. A token goes to 2 of 32 experts. Blog: Case studies; Linear
 attention.
+Gallery: docs/gallery/index.html#minimax
 """
 
 from collections.abc import Callable

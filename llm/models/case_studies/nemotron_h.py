@@ -9,6 +9,7 @@ experts in place of feed-forward layers: 31.6 B parameters, 3.6 B of them active
 The experts of Nemotron 3 Super read a narrower projection of the token (`d_latent`). Step sizes of Mamba-2 are at least
 0.001: transformers has this limit for prompts only, here it holds for each token. The prediction module of the training
 is left out. Blog: Case studies; State-space models, hybrids.
+Gallery: docs/gallery/index.html#nemotron_h
 """
 
 from dataclasses import dataclass

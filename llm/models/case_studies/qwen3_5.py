@@ -5,6 +5,7 @@ of gated attention (arXiv 2505.06708). Its vocabulary has 248,320 entries, and a
 that reads text. Dense models have up to 27 B parameters. 397B-A17B sends a token to 10 of 512 experts, the smaller ones
 with experts to 8 of 256. The prediction module of its training is left out here.
 Blog: Case studies, Qwen; Linear attention.
+Gallery: docs/gallery/index.html#qwen3_5, #qwen3_5_moe
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ Its attention has a sigmoid gate on every channel of the output (Gated Attention
 with attention sinks, a norm on each query and key head, and RoPE on a quarter of each head, of 256 channels. A token
 goes to 10 experts and to a shared one with a gate of its own. All norms have a gain of 1 + w, but for that on the heads
 of Gated DeltaNet. The prediction module of its training is left out here. Blog: Case studies, Qwen; Linear attention.
+Gallery: docs/gallery/index.html#qwen3_next
 """
 
 from dataclasses import dataclass

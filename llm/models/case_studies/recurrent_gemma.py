@@ -9,6 +9,7 @@ RecurrentGemma: Moving Past Transformers for Efficient Open Language Models (Goo
 be of any length. From Gemma come scaled embeddings, gains of 1 + w, tanh GeGLU (here with biases) and logits within
 30 tanh(x / 30). The embeddings' factor sqrt(d_model) is rounded to bf16, whatever the dtype of the weights.
 Blog: Case studies, Gemma; State-space models, hybrids.
+Gallery: docs/gallery/index.html#recurrent_gemma
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ see the later ones. Unlike Dream's, its head predicts a hidden token in its own 
 stands for a hidden one. There are checkpoints with blocks of 4, 8, 16, 32 and 64 tokens; where config.json names no
 block size, it is 4.
 Blog: Case studies; Diffusion.
+Gallery: docs/gallery/index.html#sdar
 """
 
 from dataclasses import dataclass
