@@ -17,11 +17,12 @@ from measure import answer
 
 def turn():
     log = Path(sys.argv[2])
-    text = log.read_text() + sys.argv[3]
-    log.write_text(text)
-    if text.endswith(sys.argv[4]):
+    with log.open("a") as file:
+        file.write(sys.argv[3])
+    turn = log.read_text().count(sys.argv[3])
+    if sys.argv[3] == sys.argv[4] and turn == 2:
         sys.exit(3)
-    return {"turn": text.count(sys.argv[3])}
+    return {"turn": turn}
 
 answer(turn)
 """
@@ -51,9 +52,9 @@ def test_contestants_take_turns_and_the_first_turn_does_not_count(tmp_path):
 
 
 def test_a_contestant_that_dies_is_left_out_and_named(tmp_path, capsys):
-    measure, both, log = contestants(tmp_path, dies="abab")
+    measure, both, log = contestants(tmp_path, dies="b")
     assert measure.in_turn(both, turns=2) == {"a": [{"turn": 2}, {"turn": 3}]}
-    assert log.read_text() == "ababa"
+    assert log.read_text()[2:] == "aba"
     assert "b is left out" in capsys.readouterr().err
 
 
