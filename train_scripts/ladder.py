@@ -138,7 +138,7 @@ def table(models: dict[str, dict[int, dict]], reference: dict[int, dict], quanti
             f"{total / 1e6:.2f} M" + (f" ({active / 1e6:.2f} M)" if active < total else ""),
             f"{row['training_flops_per_token'] / 1e6:.2f}",
             f"{row[quantity] / next(iter(reference.values()))[quantity]:.2f}",
-            f"{bound}{statistics.mean(losses):.3f}" + spread(losses) if losses else "diverged",
+            f"{bound}{statistics.mean(losses):.3f}" + deviation(losses) if losses else "diverged",
             "" if name == "baseline" or not apart else f"{mean:+.3f}" + (f" ± {error:.3f}" if len(apart) > 1 else ""),
             told,
             f"{bound}{statistics.mean(bits):.3f}" if bits else "",
@@ -148,7 +148,7 @@ def table(models: dict[str, dict[int, dict]], reference: dict[int, dict], quanti
     return "\n".join(lines) + "\n"
 
 
-def spread(values: list[float]) -> str:
+def deviation(values: list[float]) -> str:
     return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
 
 
@@ -178,11 +178,11 @@ def report(rows: list[dict], match: str, out: Path) -> None:
     write_atomically(out.with_name(f"{name}.md"), text.encode())
     print(f"{text}\nwritten to {out.with_name(f'{name}.md')}")
     try_to_draw(draw_differences, exact, out.with_name(f"{name}.png"), models["baseline"])
-    curves = {n: [scaled(row["curve"]) for row in seeds.values()] for n, seeds in exact.items()}
+    curves = {n: [in_millions(row["curve"]) for row in seeds.values()] for n, seeds in exact.items()}
     try_to_draw(draw_curves, curves, out.with_name(f"{name}_curves.png"))
 
 
-def scaled(curve: list[list[float]]) -> list[tuple[float, float]]:
+def in_millions(curve: list[list[float]]) -> list[tuple[float, float]]:
     """The points after training began, in millions of tokens."""
     return [(tokens / 1e6, loss) for tokens, loss in curve if tokens and loss is not None]
 

@@ -8,7 +8,8 @@ goes S -> softmax -> P V. With two tiles in flight the product of the one runs d
 
     `ping_pong`: a second group of warps has queries of its own, and its products run during the first one's softmax
 
-fp8 has 3 bits after the point. Where a few entries are large, one scale for a tensor rounds the others. Two remedies:
+fp8 (e4m3) has 3 bits of mantissa. If a few entries are large, a single scale for the tensor rounds the others coarsely.
+Two remedies:
 
     block quantisation        a scale for each tile of q, k and v, its largest entry / 448
     incoherent processing     q M and k M for q and k, M orthogonal: q M M^T k^T = q k^T, but a large entry of a row is
