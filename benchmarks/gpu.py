@@ -50,6 +50,8 @@ class Arguments:
     """Folder of the results."""
     parts: tuple[str, ...] = ()
     """Which parts, by name; all where none is given."""
+    models: tuple[str, ...] = ()
+    """Which models the parts models and decoding check; all where none is given."""
     inside: Literal["models", "decoding", ""] = ""
     """A part that this file does itself; used by itself."""
 
@@ -69,6 +71,7 @@ def all_parts(flags: Arguments) -> list[Part]:
     tests = [f"tests/{name}.py" for name in TESTS[:1] if tiny] or [f"tests/{name}.py" for name in TESTS]
     chosen = ["-k", "baseline"] if tiny else ["-k", "compiled or cuda or gpu or flex or grouped or autocast"]
     own = [__file__, *device, "--out", str(flags.out), *(["--tiny"] if tiny else [])]
+    own += ["--models", *flags.models] if flags.models else []
     few = ["--turns", "1", "--rivals"] if tiny else ["--turns", "3", "--rivals", "transformers Llama"]
     batch = ["--windows", "1", "--length", "32", "--steps", "1", "--modes", "eager"] if tiny else ["--windows", "32"]
     large = batch if tiny else ["--windows", "16", "--length", "1024"]
@@ -147,7 +150,7 @@ def check_each(flags: Arguments, check: Callable[[str, str], dict]) -> None:
     for each; ends with status 1 where one has failed."""
     failed, lines = False, flags.out / f"{flags.inside}.jsonl"
     lines.unlink(missing_ok=True)
-    names = BY_IMPORTANCE[: 1 if flags.tiny else None]
+    names = (flags.models or BY_IMPORTANCE)[: 1 if flags.tiny else None]
     with ProcessPoolExecutor(min(10, (os.cpu_count() or 2) // 2, len(names)), get_context("spawn")) as pool:
         for future in as_completed([pool.submit(checked, check, name, flags.device) for name in names]):
             failed |= not future.result()["ok"]

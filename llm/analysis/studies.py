@@ -92,6 +92,7 @@ class Study:
             model = matched(MODELS[run.model], model, target, run.match)
         recipe = dict(max_lr=run.rate, min_lr=run.rate / 10, warmup_steps=self.steps // 10, seed=run.seed)
         recipe |= dict(eval_every=max(self.steps // EVALUATIONS, 1), save_every=max(self.steps // 2, 1))
+        recipe |= dict(precision="fp32", compile="off") if self.small else {}  # compiling takes longer than the run
         recipe |= {name: value for name, value in run.settings.items() if name in TRAIN_FIELDS}
         budget = dict(steps=self.steps, tokens_per_step=self.tokens_per_step, eval_windows=self.eval_windows)
         return model, TrainConfig(
