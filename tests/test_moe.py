@@ -245,13 +245,14 @@ def test_the_bias_moves_the_choice_but_no_weight():
 
 
 @pytest.mark.parametrize("best", [1, 2])
-def test_only_the_best_groups_are_left(best):
-    scores = inputs()[..., :12].abs()
-    left = best_of_groups(scores, n_groups=4, n_kept=2, best=best)
+@pytest.mark.parametrize("n_groups", [4, 12])  # of three experts and of one
+def test_only_the_best_groups_are_left(n_groups, best):
+    scores, size = inputs()[..., :12].abs(), 12 // n_groups
+    left = best_of_groups(scores, n_groups, n_kept=2, best=best)
     for row, kept in zip(scores.flatten(0, 1).tolist(), left.flatten(0, 1).tolist(), strict=True):
-        groups = [row[i : i + 3] for i in range(0, 12, 3)]
-        ranked = sorted(range(4), key=lambda g: -sum(sorted(groups[g])[-best:]))
-        expected = [s if i // 3 in ranked[:2] else -math.inf for i, s in enumerate(row)]
+        groups = [row[i : i + size] for i in range(0, 12, size)]
+        ranked = sorted(range(n_groups), key=lambda g: -sum(sorted(groups[g])[-best:]))
+        expected = [s if i // size in ranked[:2] else -math.inf for i, s in enumerate(row)]
         assert kept == expected
 
 

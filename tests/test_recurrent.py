@@ -225,14 +225,18 @@ def test_the_linear_scan_equals_its_loop_in_values_and_gradients():
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-def test_a_short_convolution_is_torchs_conv1d():
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_short_convolution_is_torchs_conv1d(width):
     torch.manual_seed(0)
-    ours, theirs = ShortConvolution(6, 4, bias=True), nn.Conv1d(6, 6, 4, groups=6, padding=3)
+    ours, theirs = ShortConvolution(6, width, bias=True), nn.Conv1d(6, 6, width, groups=6, padding=width - 1)
     redraw(ours)
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 9, 6)
+    x, positions = torch.randn(2, 9, 6), torch.arange(9)
     expected = F.silu(theirs(x.mT)[..., :9].mT)
-    torch.testing.assert_close(ours(x, torch.arange(9)), expected)
+    torch.testing.assert_close(ours(x, positions), expected)
+    cache = ours.make_cache(2)
+    steps = [ours(x[:, t], positions[t].expand(2, -1), cache) for t in map(slice, (0, 3, 4), (3, 4, 9))]
+    torch.testing.assert_close(torch.cat(steps, 1), expected)
 
 
 # Mixers

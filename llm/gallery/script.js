@@ -18,7 +18,7 @@ async function start() {
   makeTree();
   addEventListener("hashchange", route);
   $("context").addEventListener("input", showCosts);
-  $("versus").addEventListener("change", () => go(shown.name, $("versus").value));
+  $("versus").addEventListener("change", () => shown && go(shown.name, $("versus").value));
   $("size").addEventListener("change", () => go($("size").value, versus?.name));
   $("skip").addEventListener("click", (event) => { event.preventDefault(); $("main").focus(); });
   route();

@@ -2,13 +2,14 @@
 
     score(i, j) = q_i . k_j + b_h[bucket(i - j)]        the baseline: q_i . k_j / sqrt(d)
 
-As in T5, scores are not divided by sqrt(d). Exploring the Limits of Transfer Learning with a Unified Text-to-Text
-Transformer, arXiv 1910.10683. Blog: Position encoding, relative.
+As in T5, scores are not divided by sqrt(d): W_q is drawn smaller by this factor instead. Exploring the Limits of
+Transfer Learning with a Unified Text-to-Text Transformer, arXiv 1910.10683. Blog: Position encoding, relative.
 Gallery: docs/gallery/index.html#t5_bias
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from llm.models.nope import NoPEDecoder
@@ -25,6 +26,12 @@ class T5BiasDecoder(NoPEDecoder):
         """Buckets of distances; half of them hold one distance each."""
         max_distance: int = 128
         """All distances from here on share the last bucket."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        with torch.no_grad():
+            for block in self.blocks:
+                block.mixer.q_proj.weight /= block.mixer.head_dim**0.5
 
     def make_mixer(self, layer: int) -> nn.Module:
         c = self.config

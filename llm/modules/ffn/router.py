@@ -122,11 +122,12 @@ class SigmoidRouter(Router):
 
 def best_of_groups(scores: Tensor, n_groups: int, n_kept: int, best: int) -> Tensor:
     """Scores (.., E) with -inf outside the `n_kept` best groups of experts. The score of a group is the sum of its
-    `best` largest scores: 1 in DeepSeek-V2, 2 in V3. If each machine holds one group, a token goes to few machines."""
+    `best` largest scores: 1 in DeepSeek-V2, 2 in V3, or of all where it has fewer. If each machine holds one group, a
+    token goes to few machines."""
     if n_groups == 1:
         return scores
     grouped = scores.unflatten(-1, (n_groups, -1))  # (.., G, E / G)
-    kept = grouped.topk(best).values.sum(-1).topk(n_kept).indices  # (.., n_kept)
+    kept = grouped.topk(min(best, grouped.shape[-1])).values.sum(-1).topk(n_kept).indices  # (.., n_kept)
     dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, kept, False)
     return grouped.masked_fill(dropped[..., None], -torch.inf).flatten(-2)
 

@@ -9,7 +9,8 @@ with T, also where the scores have a bias, a cap or a sink. This is FlashAttenti
 of keys: a softmax sees all its scores at once.
 
 A bias is a function (q_pos, k_pos) -> numbers added to the scores. It is computed for each block anew, and its gradient
-by autograd. Blog: Attention, multi-head attention and its cost, sparse attention.
+by autograd. One that depends on the distance alone has a method `of_distances`, which spares most of that work. Blog:
+Attention, multi-head attention and its cost, sparse attention.
 """
 
 from collections.abc import Callable
@@ -54,7 +55,19 @@ class Scores(NamedTuple):
         """The bias of a block, (H, queries, keys) or (B, H, queries, keys)."""
         if self.bias is None:
             return None
+        if hasattr(self.bias, "of_distances") and isinstance(block.keys, slice):
+            return along_diagonals(self.bias.of_distances, block.rows, block.keys, like.device).to(like.dtype)
         return self.bias(positions(block.rows, like.device), positions(block.keys, like.device)).to(like.dtype)
+
+
+def along_diagonals(of_distances: Callable[[Tensor], Tensor], rows: slice, keys: slice, device: torch.device) -> Tensor:
+    """What depends on the distance alone, computed once for each: distances (n,) -> (n, H), spread out to (H, queries,
+    keys). Each row has the numbers of the row before, one place later: they are copied side by side and cut anew."""
+    n_rows, n_keys = rows.stop - rows.start, keys.stop - keys.start
+    farthest = rows.stop - 1 - keys.start
+    values = of_distances(farthest - torch.arange(n_rows + n_keys, device=device)).T
+    copies = values[:, None].expand(-1, n_rows, -1).flatten(1)[:, n_rows - 1 : -1]
+    return copies.unflatten(1, (n_rows, -1))[..., :n_keys]
 
 
 def recomputed_attention(

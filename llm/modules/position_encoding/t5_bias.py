@@ -32,8 +32,11 @@ class T5Bias(nn.Module):
         self.table = nn.Embedding(n_buckets, n_heads)
 
     def forward(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        distance = q_pos[..., :, None] - k_pos[..., None, :]
-        return self.table(bucket(distance, self.n_buckets, self.max_distance)).movedim(-1, -3)
+        return self.of_distances(q_pos[..., :, None] - k_pos[..., None, :]).movedim(-1, -3)
+
+    def of_distances(self, distances: Tensor) -> Tensor:
+        """Distances i - j of any shape -> the numbers of all heads, (.., H)."""
+        return self.table(bucket(distances, self.n_buckets, self.max_distance))
 
 
 def bucket(distance: Tensor, n_buckets: int, max_distance: int) -> Tensor:

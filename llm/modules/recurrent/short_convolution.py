@@ -50,7 +50,7 @@ class ShortConvolution(nn.Module):
             inputs = F.pad(hidden, (0, 0, self.width - 1, 0))
         else:
             inputs = torch.cat([cache["conv"], hidden], 1)
-            cache["conv"].copy_(inputs[:, 1 - self.width :])
+            cache["conv"].copy_(inputs[:, x.shape[1] :])
         y = explicit_convolution(inputs, self.weight[:, 0], self.bias).to(x.dtype)
         return y if self.activation is None else self.activation(y)
 
