@@ -125,7 +125,7 @@ def draw(results: dict[str, dict[int, dict]], path: Path) -> None:
         panel.set_xticks(lengths := sorted({n for r in results.values() for n in r}), [f"{n:,}" for n in lengths])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -10,6 +10,7 @@ from test_attention import step_by_step
 
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.position_encoding.rope import RoPE
+from llm.modules.sparse import indexer
 from llm.modules.sparse.indexer import Indexer, SparseLatentAttention
 
 T = 40
@@ -133,6 +134,18 @@ def test_the_indexer_learns_from_its_loss_only_and_the_model_from_the_rest_only(
     model.zero_grad()
     model.unembed(x).square().sum().backward()
     assert not any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if ".indexer." in n)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_long_text_is_scored_in_parts_with_the_same_result_and_gradients(monkeypatch, dense):
+    found = []
+    for queries in (T, 7):
+        monkeypatch.setattr(indexer, "QUERIES", queries)
+        layer, x = sparse_layer(6, dense=dense)
+        y = layer.train()(x.requires_grad_(), POSITIONS)
+        (y.square().sum() + layer.pop_loss()).backward()
+        found.append([y, x.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
 def test_what_the_indexer_needs_is_demanded():

@@ -11,11 +11,14 @@ over the chosen tokens. In a warm-up before that, attention is dense and the KL 
 the model is then frozen. DeepSeek-V3.2, arXiv 2512.02556, section 2. Blog: Attention, learned sparse attention.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llm.modules.attention.latent import LatentAttention
-from llm.modules.cache import store
+from llm.modules.cache import Places, store
 from llm.modules.masks import causal, mean_keys, visibility
 from llm.modules.norms import LayerNorm
 from llm.modules.sparse.chosen import QUERIES, attend_to_chosen, look_up
@@ -65,22 +68,36 @@ class SparseLatentAttention(LatentAttention):
         index_k = self.indexer.keys(x.detach(), positions)
         latent, k_rope, index_k, places = store(cache, positions, latent=latent, k_rope=k_rope, index_k=index_k)
         q_latent = self.q_a_norm(self.q_a_proj(x)).detach()
-        scores = self.indexer(x.detach(), q_latent, index_k, positions)
-        shown = visibility(self.mask, places.q, places.k)  # (T, S) or (B, 1, T, S)
-        scores = scores.masked_fill(~(shown if shown.dim() == 2 else shown[:, 0]), -torch.inf)
-        n_chosen = scores.shape[-1] if self.dense else min(self.index_top_k, scores.shape[-1])
-        best, index = scores.topk(n_chosen, -1)  # (B, T, n)
+        n_keys = index_k.shape[1]
+        n_chosen = n_keys if self.dense else min(self.index_top_k, n_keys)
+        best, index = self.choose(x.detach(), q_latent, index_k, places, n_chosen)
         q, k, w_uv = self.absorb(q_nope, q_rope, latent, k_rope)
         if self.training:
             target = self.probabilities(q, k, index, best > -torch.inf)
             self.index_loss = self.index_loss_coef * divergence(target, best)
-        if cache is None and n_chosen == scores.shape[-1]:  # nothing is left out
+        if cache is None and n_chosen == n_keys:  # nothing is left out
             heads = self.attend_expanded(q_nope, q_rope, latent, k_rope, places)
         else:
             found = (best > -torch.inf)[:, None]
             mixed = attend_to_chosen(q, k[:, :, None], k[:, :, None], index[:, None], found, self.scale)
             heads = torch.einsum("bhtr,hdr->bthd", mixed[..., : latent.shape[-1]], w_uv)
         return self.o_proj(heads.flatten(2))
+
+    def choose(self, x: Tensor, q_latent: Tensor, k: Tensor, places: Places, n: int) -> tuple[Tensor, Tensor]:
+        """The `n` largest scores of each token and the keys that have them, both (B, T, n); -inf for what is hidden.
+        QUERIES tokens are scored at a time, and again in the backward pass, so that T x S scores are never held."""
+
+        def part(x: Tensor, q_latent: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            shown = visibility(self.mask, positions, places.k)  # (T, S) or (B, 1, T, S)
+            scores = self.indexer(x, q_latent, k, positions)
+            return scores.masked_fill(~(shown if shown.dim() == 2 else shown[:, 0]), -torch.inf).topk(n, -1)
+
+        if x.shape[1] <= QUERIES:
+            return part(x, q_latent, places.q)
+        inputs = zip(x.split(QUERIES, 1), q_latent.split(QUERIES, 1), places.q.split(QUERIES, -1), strict=True)
+        again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+        parts = [(again if torch.is_grad_enabled() else part)(*each) for each in inputs]
+        return tuple(torch.cat(both, 1) for both in zip(*parts, strict=True))
 
     def absorb(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> queries (B, H, T, rank + rope), keys (B, S, rank + rope) of one shared key head, W_uv (H, v, rank)."""
