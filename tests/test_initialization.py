@@ -127,13 +127,16 @@ def test_every_weight_of_every_model_is_drawn_under_every_scheme(name):
                 assert module.weight.std().item() == pytest.approx(expected, rel=0.05), path
 
 
-def test_tokens_of_the_ladder_come_in_with_unit_variance_and_others_begin_at_002():
+def test_tokens_of_the_ladder_come_in_with_unit_variance_and_others_as_the_scheme_says():
     baseline, llama = (MODELS[name](MODELS[name].Config()) for name in ("baseline", "llama"))
     positions = torch.arange(33)
     tokens = torch.randint(10_000, (4, 33))
     embedded = baseline.embed(tokens, positions) - sinusoidal(positions, baseline.config.d_model)
     assert embedded.std().item() == pytest.approx(1.0, rel=0.05)
     assert llama.tok_embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for tied, std in ((True, llama.config.d_model**-0.5), (False, 1.0)):
+        config = MODELS["llama"].Config(initialization="truncated_normal", tie_embeddings=tied)
+        assert MODELS["llama"](config).tok_embed.weight.std().item() == pytest.approx(std, rel=0.05)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from llm.config import ModelConfig
 from llm.modules.cache import Cache, slots_for
-from llm.modules.initialization import initialize
+from llm.modules.initialization import embedding_std, initialize
 from llm.modules.kernels.cross_entropy import linear_cross_entropy
 from llm.modules.norms import RMSNorm
 
@@ -32,8 +32,6 @@ class Transformer(nn.Module):
     Config = ModelConfig
     causal: ClassVar[bool] = True
     """Whether a token sees no later ones and the loss is that of the next token. False: see llm/models/denoiser.py."""
-    embedding_std: ClassVar[float] = 0.02
-    """Standard deviation of the token embedding at initialisation."""
     training_only: ClassVar[tuple[str, ...]] = ()
     """Attributes that only training uses. The counts of active parameters and FLOPs leave them out."""
 
@@ -46,6 +44,12 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         initialize(self, config.initialization, config.n_layers, self.embedding_std)
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation of the token embedding at initialisation."""
+        c = self.config
+        return embedding_std(c.initialization, c.d_model, c.tie_embeddings)
 
     def make_block(self, layer: int) -> nn.Module:
         """The block at depth `layer`. Its `mixer`, often attention, takes (x, positions, cache); its `ffn` takes x."""

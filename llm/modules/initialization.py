@@ -10,10 +10,13 @@ Standard deviations, with L = n_layers and a matrix that turns `in` channels int
 | kaiming          | sqrt(2 / in)         | sqrt(2 / in)                   | a normal distribution                    |
 | zero_output      | 0.02                 | 0                              | a normal distribution                    |
 
-In every scheme, the token embedding has the model's `embedding_std`: 1 / sqrt(d_model) in `Baseline`, whose residual
-stream starts as sqrt(d_model) times the embedding, as in Attention Is All You Need, and 0.02 elsewhere. An untied
-head, routers and other parameters with two axes or more have 0.02, biases are 0, and gains and other vectors keep the
-values that their modules set. Stacked experts (E, out, in) are E matrices. A module may define
+The token embedding has 0.02 in `normal` and `zero_output`. In the schemes that keep the scale it has 1 / sqrt(d_model)
+where it is the head, too, so that logits begin with unit variance, and 1 where it is not. Beside matrices that keep
+the scale, embeddings of 0.02 would drown in what the blocks add. `Baseline` has 1 / sqrt(d_model) in every scheme and
+multiplies by sqrt(d_model), as in Attention Is All You Need.
+
+An untied head, routers and other parameters with two axes or more have 0.02, biases are 0, and gains and other vectors
+keep the values that their modules set. Stacked experts (E, out, in) are E matrices. A module may define
 `init_weights(scheme, n_layers)` to initialise itself; then the table leaves its parameters alone.
 
 o_proj and down_proj write to the residual stream, 2 L times in all. A factor of 1 / sqrt(2 L) keeps their sum as large
@@ -62,6 +65,13 @@ SCHEMES: dict[str, Callable[[Tensor, bool, int], None]] = {
     "kaiming": kaiming,
     "zero_output": zero_output,
 }
+
+
+def embedding_std(scheme: str, d_model: int, tied: bool) -> float:
+    """The standard deviation of the token embedding in a model that adds nothing of its own to the table."""
+    if scheme in ("normal", "zero_output"):
+        return 0.02
+    return d_model**-0.5 if tied else 1.0
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ Gallery: docs/gallery/index.html#mamba_lm, #mamba2_lm
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
 from llm.config import check_divides, check_positive
 from llm.models.mamba import MambaDecoder
 from llm.models.mamba2 import Mamba2Decoder
+from llm.models.transformer import Transformer
 from llm.modules.recurrent.mamba import Mamba
 from llm.modules.recurrent.mamba2 import Mamba2
 
@@ -23,7 +23,7 @@ from llm.modules.recurrent.mamba2 import Mamba2
 class MambaLM(MambaDecoder):
     """A step size, B and C for each token, and a decay for each channel and state."""
 
-    embedding_std: ClassVar[float] = 0.02
+    embedding_std = Transformer.embedding_std
 
     @dataclass(frozen=True)
     class Config(MambaDecoder.Config):
@@ -48,7 +48,7 @@ class MambaLM(MambaDecoder):
 class Mamba2LM(Mamba2Decoder):
     """One decay for each head, and pairs of B and C that the heads of a group share."""
 
-    embedding_std: ClassVar[float] = 0.02
+    embedding_std = Transformer.embedding_std
 
     @dataclass(frozen=True)
     class Config(Mamba2Decoder.Config):
