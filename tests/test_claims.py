@@ -61,7 +61,7 @@ def test_a_probe_counts_at_its_best_rate_and_a_reach_is_what_is_lost_beyond_the_
     lost = dict(model="rope", scaling=None, tuned=False, seed=2, loss=[3.0, 3.5, 4.25])
     none = lost | dict(seed=1, loss=[3.0, None, None])
     assert Reach("rope").result([lost, none]) == {2: 1.25}
-    assert imbalance({"expert_load": [0.25, 0.5, 0.125, 0.125]}) == 2
+    assert imbalance({"expert_load": [[0.25, 0.5, 0.125, 0.125]]}) == 2
     assert imbalance({"expert_load": [[0.5, 0.5], [0.75, 0.25]]}) == 1.5
 
 

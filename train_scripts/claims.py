@@ -4,8 +4,8 @@
     python train_scripts/claims.py --report       # the page, from the rows that are there
     python train_scripts/claims.py --quick        # ten minutes: two claims with a quarter of the tokens, no page
 
-Claims about probes and about long texts are judged by the rows of probe.py and extend_context.py. The training runs are
-those of ladder.py where both need them, and share its file. The claims: llm/analysis/claims.py.
+Only the runs with settings of their own are trained here. The other claims are judged by the rows of `ladder.py --small
+--match flops`, probe.py and extend_context.py. The claims: llm/analysis/claims.py.
 """
 
 import sys
@@ -15,8 +15,8 @@ from pathlib import Path
 import ladder
 import tyro
 
-from llm.analysis.claims import CLAIMS, Arm, Claim, Probe, Result, Side, judge
-from llm.analysis.results import find, read_runs
+from llm.analysis.claims import CLAIMS, Arm, Best, Claim, Probe, Reach, Result, Side, judge
+from llm.analysis.results import at_best_rate, find, read_runs
 from llm.analysis.studies import Run, Study, complete
 from llm.console import console
 from llm.files import write_atomically
@@ -49,9 +49,14 @@ def result(side: Side, claim: Claim, study: Study, rows: dict[str, list[dict]]) 
     """The outcome of a side by seed."""
     if isinstance(side, Probe):
         return side.result(rows["probes"])
-    if not isinstance(side, Arm):
+    if isinstance(side, Reach):
         return side.result(rows["context"])
-    found = [row for run in runs_of(side) for row in find(rows["ladder"], **study.description(run))]
+    if isinstance(side, Best):
+        place = study.description(Run(side.model, 0.0, 0, {"initialization": ladder.INITIALIZATION}, "flops"))
+        del place["rate"], place["seed"]
+        found = at_best_rate(find(rows["ladder"], **place), ladder.score)
+    else:
+        found = [row for run in runs_of(side) for row in find(rows["ladder"], **study.description(run))]
     value = claim.value or (lambda row: row["eval_loss"])
     return {row["seed"]: float("inf") if row["diverged"] else value(row) for row in found}
 
@@ -61,11 +66,13 @@ def described(side: Side) -> str:
     if isinstance(side, Probe):
         length = f" at {side.times} x the trained length" if side.times > 1 else ""
         return f"{side.model} on `{side.task}`{length}"
-    if not isinstance(side, Arm):
+    if isinstance(side, Best):
+        return side.model
+    if isinstance(side, Reach):
         return ", ".join([side.model, *([side.scaling] if side.scaling else []), *(["tuned"] if side.tuned else [])])
     changes = [f"rate x {side.rate:g}"] if side.rate != 1 else []
     changes += [f"{name} = {value}" for name, value in side.settings.items()]
-    return ", ".join([side.model, *changes, *([f"equal {side.match}"] if side.match != "none" else [])])
+    return ", ".join([side.model, *changes])
 
 
 def page(claims: list[Claim], study: Study, rows: dict[str, list[dict]]) -> str:
@@ -88,9 +95,10 @@ over three seeds ± its standard error, paired by seed: nats per token for losse
 for accuracies (higher is better). "Holds" and "does not hold here" need a difference that a t-test tells from noise
 (p < 0.05). A claim that loses "little" names its margin and holds where the loss is smaller for certain.
 
-Training runs: {tokens:,} tokens of stories, the ladder's small size, initialisation {init}, rate {rate:g}. Probes:
-`python train_scripts/probe.py --seeds 3`. Long texts: `python train_scripts/extend_context.py`. More about each:
-[experiments](experiments.md).
+Training runs: {tokens:,} tokens of stories at the ladder's small size and the baseline's FLOPs, initialisation {init}.
+A model alone is the ladder's, at its best rate; one with settings has the rate {rate:g}, or as many times it as is
+said. Probes: `python train_scripts/probe.py --seeds 3`. Long texts: `python train_scripts/extend_context.py`. More is in
+the [experiments](experiments.md).
 
 """
 

@@ -1,9 +1,10 @@
 """Claims of papers, each with the runs that try it and the rule that decides what came out.
 
-A rule compares two arms with the same seeds. "Holds" and "does not hold here" need a difference that a t-test tells
-from noise (p < 0.05); all else is "cannot be told at this size". Three kinds of evidence are compared: the eval loss of
-training runs (llm/analysis/studies.py), the accuracy of probes (llm/analysis/probes.py), and the loss of texts longer
-than those of training (llm/analysis/length.py).
+A rule compares two sides with the same seeds. "Holds" and "does not hold here" need a difference that a t-test tells
+from noise (p < 0.05); all else is "cannot be told at this size". Four kinds of evidence are compared: the eval loss of
+the ladder at equal FLOPs, each model at its best rate; that of runs with other settings (llm/analysis/studies.py); the
+accuracy of probes (llm/analysis/probes.py); and the loss of texts longer than those of training
+(llm/analysis/length.py).
 """
 
 from collections.abc import Callable
@@ -19,16 +20,22 @@ Result = dict[int, float]
 
 
 @dataclass(frozen=True)
+class Best:
+    """A model in the ladder: at the baseline's FLOPs and at its best rate."""
+
+    model: str
+
+
+@dataclass(frozen=True)
 class Arm:
-    """One side of a comparison of training runs; `Run`'s fields without the seed. `rate` multiplies the study's."""
+    """Training runs with settings of their own, at the baseline's FLOPs. `rate` multiplies the ladder's."""
 
     model: str
     rate: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
-    match: str = "none"
 
     def runs(self, rate: float, settings: dict[str, Any]) -> list[Run]:
-        return [Run(self.model, self.rate * rate, s, settings | self.settings, self.match) for s in range(SEEDS)]
+        return [Run(self.model, self.rate * rate, s, settings | self.settings, "flops") for s in range(SEEDS)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Reach:
         return {row["seed"]: row["loss"][-1] - row["loss"][0] for row in found if None not in row["loss"]}
 
 
-Side = Arm | Probe | Reach
+Side = Best | Arm | Probe | Reach
 Verdict = Literal["holds", "does not hold here", "cannot be told at this size", "not run yet"]
 
 
@@ -105,9 +112,7 @@ def judge(claim: Claim, first: Result, second: Result) -> tuple[str, Verdict]:
 
 def imbalance(row: dict) -> float:
     """The largest expert's share of the choices over the mean share, the worst layer's: 1 is balanced."""
-    load = row["expert_load"]
-    layers = load if isinstance(load[0], list) else [load]
-    return max(max(layer) * len(layer) for layer in layers)
+    return max(max(layer) * len(layer) for layer in row["expert_load"])
 
 
 NO_WARMUP, MUON = {"warmup_steps": 0}, {"optimizer": "muon"}
@@ -115,8 +120,8 @@ CLAIMS = [
     Claim(
         "post-norm needs its warm-up",
         "On Layer Normalization in the Transformer Architecture, arXiv 2002.04745",
-        Arm("post_norm"),
-        Arm("post_norm", settings=NO_WARMUP),
+        Arm("post_norm", rate=0.5),
+        Arm("post_norm", rate=0.5, settings=NO_WARMUP),
     ),
     Claim(
         "pre-norm does without warm-up (loses less than 0.05 nats)",
@@ -134,54 +139,54 @@ CLAIMS = [
     Claim(
         "multi-query attention loses little (0.05 nats) for a quarter of the cache",
         "Fast Transformer Decoding, arXiv 1911.02150",
-        Arm("multi_query"),
-        Arm("baseline"),
+        Best("multi_query"),
+        Best("baseline"),
         margin=0.05,
     ),
     Claim(
         "grouped queries lose less than multi-query attention",
         "GQA, arXiv 2305.13245",
-        Arm("grouped_query"),
-        Arm("multi_query"),
+        Best("grouped_query"),
+        Best("multi_query"),
     ),
     Claim(
         "experts beat the dense model at equal FLOPs",
         "Switch Transformers, arXiv 2101.03961",
-        Arm("mixture_of_experts", match="flops"),
-        Arm("baseline"),
+        Best("mixture_of_experts"),
+        Best("baseline"),
     ),
     Claim(
         "loss-free balancing balances better than the balance loss (largest expert's load over the mean)",
         "Auxiliary-Loss-Free Load Balancing Strategy, arXiv 2408.15664",
-        Arm("loss_free_balancing"),
-        Arm("mixture_of_experts"),
+        Best("loss_free_balancing"),
+        Best("mixture_of_experts"),
         value=imbalance,
     ),
     Claim(
         "SwiGLU with two thirds of the width beats GELU at equal FLOPs (the 2/3 rule)",
         "GLU Variants Improve Transformer, arXiv 2002.05202",
-        Arm("swiglu", match="flops"),
-        Arm("baseline"),
+        Best("swiglu"),
+        Best("baseline"),
     ),
-    Claim("RoPE beats sinusoidal positions", "RoFormer, arXiv 2104.09864", Arm("rope"), Arm("baseline")),
+    Claim("RoPE beats sinusoidal positions", "RoFormer, arXiv 2104.09864", Best("rope"), Best("baseline")),
     Claim(
         "latent attention loses nothing (0.02 nats) against full attention with RoPE, at a fifth of the cache",
         "DeepSeek-V2, arXiv 2405.04434",
-        Arm("latent"),
-        Arm("rope"),
+        Best("latent"),
+        Best("rope"),
         margin=0.02,
     ),
     Claim(
         "a gate on the output of attention lowers the loss at equal FLOPs",
         "Gated Attention for Large Language Models, arXiv 2505.06708",
-        Arm("gated_attention", match="flops"),
-        Arm("baseline"),
+        Best("gated_attention"),
+        Best("baseline"),
     ),
     Claim(
         "the parallel block loses nothing (0.02 nats)",
         "PaLM, arXiv 2204.02311",
-        Arm("parallel_block"),
-        Arm("baseline"),
+        Best("parallel_block"),
+        Best("baseline"),
         margin=0.02,
     ),
     Claim(
@@ -199,27 +204,27 @@ CLAIMS = [
     Claim(
         "norms on the outputs beat pre-norm, also at the initialisation that is best for pre-norm",
         "2 OLMo 2 Furious, arXiv 2501.00656",
-        Arm("output_norm"),
-        Arm("baseline"),
+        Best("output_norm"),
+        Best("baseline"),
     ),
     Claim(
         "the gated delta rule beats retention at equal FLOPs",
         "Gated Delta Networks, arXiv 2412.06464",
-        Arm("gated_delta_net", match="flops"),
-        Arm("retnet", match="flops"),
+        Best("gated_delta_net"),
+        Best("retnet"),
     ),
     Claim(
         "three recurrent layers to one of attention lose nothing (0.02 nats) against full attention with RoPE",
         "Kimi Linear, arXiv 2510.26692",
-        Arm("hybrid", match="flops"),
-        Arm("rope"),
+        Best("hybrid"),
+        Best("rope"),
         margin=0.02,
     ),
     Claim(
         "a diffusion model's bound lies above the loss of a next-token model of the same size",
         "Large Language Diffusion Models, arXiv 2502.09992",
-        Arm("baseline"),
-        Arm("masked_diffusion"),
+        Best("baseline"),
+        Best("masked_diffusion"),
     ),
     Claim(
         "no position encoding reaches further than RoPE",

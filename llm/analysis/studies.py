@@ -159,7 +159,8 @@ def execute(study: Study, run: Run) -> dict:
     lines = read_metrics(folder / "metrics.jsonl")
     evaluations = [line for line in lines if line.get("eval_loss") is not None]
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}
-    loads = [line["expert_load"] for line in lines if "expert_load" in line]
+    loads = [[v for k, v in line.items() if k.startswith("expert_load/")] for line in lines]
+    loads = [layers for layers in loads if layers]
     with torch.device("meta"):
         costs = describe(Model(model_config))
     shutil.rmtree(folder)
