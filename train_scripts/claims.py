@@ -95,7 +95,7 @@ over three seeds ± its standard error, paired by seed: nats per token for losse
 for accuracies (higher is better). "Holds" and "does not hold here" need a difference that a t-test tells from noise
 (p < 0.05). A claim that loses "little" names its margin and holds where the loss is smaller for certain.
 
-Training runs: {tokens:,} tokens of stories at the ladder's small size and the baseline's FLOPs, initialisation {init}.
+Training runs: {tokens:,} tokens of stories at the ladder's size and the baseline's FLOPs, initialisation {init}.
 A model alone is the ladder's, at its best rate; one with settings has the rate {rate:g}, or as many times it as is
 said. Probes: `python train_scripts/probe.py --seeds 3`. Long texts: `python train_scripts/extend_context.py`. More is in
 the [experiments](experiments.md).
