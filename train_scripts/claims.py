@@ -97,8 +97,8 @@ for accuracies (higher is better). "Holds" and "does not hold here" need a diffe
 
 Training runs: {tokens:,} tokens of stories at the ladder's size and the baseline's FLOPs, initialisation {init}.
 A model alone is the ladder's, at its best rate; one with settings has the rate {rate:g}, or as many times it as is
-said. Probes: `python train_scripts/probe.py --seeds 3`. Long texts: `python train_scripts/extend_context.py`. More is in
-the [experiments](experiments.md).
+said. Probes: `python train_scripts/probe.py --seeds 3`. Long texts: `python train_scripts/extend_context.py`. The
+[experiments](experiments.md) say more.
 
 """
 
