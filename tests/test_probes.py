@@ -36,7 +36,7 @@ def by_lookup(tokens, width, n_keys, period):
 
 @pytest.mark.parametrize(
     ("name", "width", "n_keys", "period"),
-    [("recall", 1, 64, 2), ("noisy_recall", 1, 32, 4), ("fuzzy_recall", 2, 16, 4)],
+    [("recall", 1, 32, 2), ("noisy_recall", 1, 32, 4), ("fuzzy_recall", 2, 16, 4)],
 )
 def test_recall_is_decided_by_a_dictionary(name, width, n_keys, period):
     for tokens, targets in texts(name):
@@ -95,9 +95,10 @@ def test_the_needle_may_have_a_given_distance(distance):
 
 def test_induction_repeats_what_followed_last_time():
     for tokens, targets in texts("induction"):
-        first = tokens.index(tokens[-1])
-        assert first < len(tokens) - 1 and targets[-1] == tokens[first + 1]
-        assert set(targets[:-1]) == {UNDECIDED}
+        first, asked = tokens[: LENGTH // 2], tokens[LENGTH // 2 :: 2]
+        assert len(set(first)) == len(first) and len(asked) == LENGTH // 4
+        assert targets[LENGTH // 2 :: 2] == [first[first.index(token) + 1] for token in asked]
+        assert {*targets[: LENGTH // 2], *targets[LENGTH // 2 + 1 :: 2]} == {UNDECIDED}
 
 
 def test_nested_brackets_close_as_a_stack_says():
@@ -131,26 +132,15 @@ def test_texts_are_a_function_of_seed_and_step(name):
 # The script
 
 
+SMALL = ["--processes", "1", "--tasks", "parity", "--steps", "2", "--length", "8", "--batch-size", "2"]
+
+
 def test_the_script_goes_on_with_the_runs_that_are_missing(tmp_path, capsys):
     out = tmp_path / "runs.jsonl"
-    small = [
-        "--processes",
-        "1",
-        "--tasks",
-        "parity",
-        "--steps",
-        "2",
-        "--length",
-        "8",
-        "--batch-size",
-        "2",
-        "--rates",
-        "0.003",
-    ]
     main = script("probe").main
-    main(["--models", "rope", "lstm", *small, "--out", str(out)])
+    main(["--models", "rope", "lstm", *SMALL, "--rates", "0.003", "--out", str(out)])
     first = out.read_text()
-    main(["--models", "rope", "lstm", "mamba2", *small, "--out", str(out)])
+    main(["--models", "rope", "lstm", "mamba2", *SMALL, "--rates", "0.003", "--out", str(out)])
     assert out.read_text().startswith(first)
     runs = [json.loads(line) for line in out.read_text().splitlines()]
     assert [run["model"] for run in runs] == ["rope", "lstm", "mamba2"]
@@ -158,6 +148,19 @@ def test_the_script_goes_on_with_the_runs_that_are_missing(tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in ("rope", "lstm", "mamba2", "chance"))
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rates_are_tried_until_one_solves_the_task_and_more_seeds_take_the_best(tmp_path, monkeypatch):
+    probe = script("probe")
+    reached = {("rope", 1e-2): 1.0, ("nope", 1e-2): 0.5, ("nope", 3e-3): 0.7, ("nope", 3e-2): 0.6}
+    monkeypatch.setattr(probe, "train", lambda run, a: {"1": reached[run["model"], run["rate"]]})
+    monkeypatch.setattr(probe, "report", lambda found, a: None)
+    out = tmp_path / "runs.jsonl"
+    probe.main(["--models", "rope", "nope", "--seeds", "2", *SMALL, "--longer", "1", "--out", str(out)])
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(run["model"], run["rate"], run["seed"]) for run in runs] == [
+        ("rope", 1e-2, 0), ("nope", 1e-2, 0), ("nope", 3e-3, 0), ("nope", 3e-2, 0), ("rope", 1e-2, 1), ("nope", 3e-3, 1)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -279,8 +279,8 @@ CLAIMS = [
     Claim(
         "selection of blocks finds the needle that a window misses",
         "Native Sparse Attention, arXiv 2502.11089",
-        Probe("native_sparse", "needle"),
-        Probe("sliding_window", "needle"),
+        Probe("native_sparse", "needle", 4),
+        Probe("sliding_window", "needle", 4),
     ),
     Claim(
         "two layers of attention find what followed last time, one layer does not",

@@ -5,7 +5,7 @@ the share of targets that it predicts. The papers are named below the table:
 
 | task           | tokens                                   | target                  | needs                         |
 |----------------|------------------------------------------|-------------------------|-------------------------------|
-| recall         | key value pairs, then keys asked again   | their values            | look-up by content            |
+| recall         | keys with their values, again and again  | values of known keys    | look-up by content            |
 | noisy_recall   | the same among random other tokens       | their values            | and ignoring noise            |
 | fuzzy_recall   | the same, keys and values of two tokens  | their values            | and joining two tokens        |
 | selective_copy | symbols among blanks, then in order      | the symbols             | a choice of what to store     |
@@ -39,11 +39,13 @@ class Task:
     """`draw(generator, batch_size, length)` gives Texts of at most `length` tokens, all of one length.
 
     chance    the share of targets that a guess among the possible answers gets right
+    steps     of training, after which models differ
     """
 
     draw: Callable[[Generator, int, int], Texts]
     vocab_size: int
     chance: float
+    steps: int = 600
 
 
 def draw(task: Task, seed: int, step: int, batch_size: int, length: int) -> Texts:
@@ -66,23 +68,22 @@ def randint(generator: Generator, high: int, *shape: int) -> Tensor:
 
 
 def recall(generator: Generator, batch_size: int, length: int, n_keys: int, n_noise: int = 0, width: int = 1) -> Texts:
-    """Pairs, then every key once more with its value. Keys are numbers below n_keys, values those from n_keys to
-    2 n_keys, noise the n_noise numbers after them. With width 2, keys and values are two tokens each."""
-    n_pairs = length // (4 * width * (2 if n_noise else 1))
-    names = distinct(generator, batch_size, n_keys**width, n_pairs)
-    digits = [names // n_keys**i % n_keys for i in range(width)]
-    key = torch.stack(digits, -1)  # (B, P, width)
-    value = n_keys + randint(generator, n_keys, batch_size, n_pairs, width)
-    order = distinct(generator, batch_size, n_pairs, n_pairs)[..., None].expand(-1, -1, width)
-    asked, answers = key.gather(1, order), value.gather(1, order)
-    pairs = [torch.cat([key, value], -1), torch.cat([asked, answers], -1)]
-    if n_noise:  # as many tokens that mean nothing after each pair
-        noise = [2 * n_keys + randint(generator, n_noise, batch_size, n_pairs, 2 * width) for _ in pairs]
-        pairs = [torch.cat([pair, more], -1) for pair, more in zip(pairs, noise, strict=True)]
-    answered = torch.zeros(pairs[1].shape, dtype=torch.bool)
-    answered[..., width : 2 * width] = True
-    decided = torch.cat([torch.zeros_like(answered), answered], 1).flatten(1)
-    return next_tokens(torch.cat(pairs, 1).flatten(1), decided)
+    """Keys with their values, in random order, each about four times; the value is decided where the key was there
+    before. Keys are numbers below n_keys, values those from n_keys to 2 n_keys. With width 2, both are two tokens each.
+    With n_noise, as many tokens that mean nothing, the n_noise numbers after the values, follow each pair."""
+    n_slots = length // (2 * width * (2 if n_noise else 1))
+    names = distinct(generator, batch_size, n_keys**width, max(n_slots // 4, 1))
+    key = torch.stack([names // n_keys**i % n_keys for i in range(width)], -1)  # (B, P, width)
+    value = n_keys + randint(generator, n_keys, *key.shape)
+    index = randint(generator, key.shape[1], batch_size, n_slots)
+    again = (index[:, :, None] == index[:, None]).tril(-1).any(-1)  # (B, slots)
+    parts = [x.gather(1, index[..., None].expand(-1, -1, width)) for x in (key, value)]
+    if n_noise:
+        parts.append(2 * n_keys + randint(generator, n_noise, batch_size, n_slots, 2 * width))
+    text = torch.cat(parts, -1)
+    decided = torch.zeros(text.shape, dtype=torch.bool)
+    decided[..., width : 2 * width] = again[..., None]
+    return next_tokens(text.flatten(1), decided.flatten(1))
 
 
 def selective_copy(generator: Generator, batch_size: int, length: int, n_marked: int, n_symbols: int) -> Texts:
@@ -141,12 +142,14 @@ def needle(generator: Generator, batch_size: int, length: int, n_symbols: int, d
 
 
 def induction(generator: Generator, batch_size: int, length: int, n_symbols: int) -> Texts:
-    """Different random tokens, then one of them again: what followed it then follows it now."""
-    n = min(length - 2, n_symbols)
+    """Different random tokens, then some of them again: what followed each then follows it now."""
+    n = min(length // 2, n_symbols)
     first = distinct(generator, batch_size, n_symbols, n)
-    index = randint(generator, n - 1, batch_size, 1)
-    text = torch.cat([first, first.gather(1, index), first.gather(1, index + 1)], 1)
-    return next_tokens(text, (torch.arange(n + 2) == n + 1).expand_as(text))
+    index = distinct(generator, batch_size, n - 1, (length - n) // 2)
+    again = torch.stack([first.gather(1, index), first.gather(1, index + 1)], -1).flatten(1)
+    text = torch.cat([first, again], 1)
+    place = torch.arange(text.shape[1])
+    return next_tokens(text, ((place > n) & ((place - n) % 2 == 1)).expand_as(text))
 
 
 def nested(generator: Generator, batch_size: int, length: int, depth: int = 8) -> Texts:
@@ -169,7 +172,7 @@ def nested(generator: Generator, batch_size: int, length: int, depth: int = 8) -
 
 S3, S5, FLIP = multiplication_table(3), multiplication_table(5), multiplication_table(2)
 TASKS = {
-    "recall": Task(partial(recall, n_keys=64), 128, 1 / 64),
+    "recall": Task(partial(recall, n_keys=32), 64, 1 / 32),
     "noisy_recall": Task(partial(recall, n_keys=32, n_noise=16), 80, 1 / 32),
     "fuzzy_recall": Task(partial(recall, n_keys=16, width=2), 32, 1 / 16),
     "selective_copy": Task(partial(selective_copy, n_marked=16, n_symbols=14), 16, 1 / 14),
