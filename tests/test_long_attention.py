@@ -106,7 +106,7 @@ def test_blocks_of_queries_that_see_other_keys_are_joined_only_where_they_are_ti
     assert sizes(64, 640) == [64] * 10
     assert sizes(64, 512) == [128] * 4
     assert sizes(200, 700) == [128, 72] * 3 + [100]
-    assert sizes(5, 600) == [20] * 30
+    assert sizes(5, 600) == [35] * 17 + [5]
 
 
 @every_mask

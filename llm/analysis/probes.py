@@ -172,15 +172,15 @@ def nested(generator: Generator, batch_size: int, length: int, depth: int = 8) -
 
 S3, S5, FLIP = multiplication_table(3), multiplication_table(5), multiplication_table(2)
 TASKS = {
-    "recall": Task(partial(recall, n_keys=32), 64, 1 / 32),
-    "noisy_recall": Task(partial(recall, n_keys=32, n_noise=16), 80, 1 / 32),
-    "fuzzy_recall": Task(partial(recall, n_keys=16, width=2), 32, 1 / 16),
+    "recall": Task(partial(recall, n_keys=32), 64, 1 / 32, 2500),
+    "noisy_recall": Task(partial(recall, n_keys=32, n_noise=16), 80, 1 / 32, 2500),
+    "fuzzy_recall": Task(partial(recall, n_keys=16, width=2), 32, 1 / 16, 2500),
     "selective_copy": Task(partial(selective_copy, n_marked=16, n_symbols=14), 16, 1 / 14),
     "copy": Task(partial(copy, n_symbols=30), 31, 1 / 30),
     "parity": Task(partial(products, table=FLIP), 2, 1 / 2),
     "s3": Task(partial(products, table=S3), 6, 1 / 6),
     "s5": Task(partial(products, table=S5), 120, 1 / 120),
     "needle": Task(partial(needle, n_symbols=16), 33, 1 / 16),
-    "induction": Task(partial(induction, n_symbols=256), 256, 1 / 256),
+    "induction": Task(partial(induction, n_symbols=256), 256, 1 / 256, 1500),
     "nested": Task(nested, 5, 1 / 2),
 }

@@ -6,12 +6,14 @@
 Every model continues the first tokens of the same eval stories, at temperature 1, with several numbers of steps a
 block. An autoregressive model, the judge, then says how surprising each written token is to it. That number alone would
 praise a model that repeats itself, so the share of different tokens in a text stands beside it; the row "text" has
-both for the stories themselves. Speed is counted, not measured: tokens per forward pass, of one text or of a block.
+both for the stories themselves. Speed is counted, as tokens per forward pass of one text or of a block, and measured, as
+tokens per second of all texts together.
 Blog: Diffusion.
 """
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +87,15 @@ def measure(run: Path, judge: Transformer, data: Data, a: Arguments) -> list[dic
             continue
         prompts, passes = stories(data, a.texts, length)[:, : a.prompt].to(device), counting(model)
         sampler = Sampler(tuple(torch.Generator(device).manual_seed(a.seed + i) for i in range(a.texts)))
+        start = time.perf_counter()
         texts = torch.cat([prompts, *model.generate(prompts, length - a.prompt, sampler)], 1)
+        speed = a.texts * (length - a.prompt) / (time.perf_counter() - start)
         row = {"model": config["model_name"], "steps": steps, "order": order, "block_size": block}
-        row |= {"tokens_per_pass": (length - a.prompt) / passes(), **read(judge, texts, a.prompt, data.eot)}
+        row |= {
+            "tokens_per_pass": (length - a.prompt) / passes(),
+            "tokens_per_second": speed,
+            **read(judge, texts, a.prompt, data.eot),
+        }
         row |= {"flops_per_written_token": describe(model)["flops_per_written_token"], "texts": a.texts, "seed": a.seed}
         rows.append(row | origin | {"written": tokenizer.decode(texts[0, a.prompt :].tolist())})
         print(f"{row['model']}, {steps} steps, {order}: {row['nats']:.3f} ± {row['nats_error']:.3f} nats", flush=True)

@@ -133,7 +133,7 @@ def attend_by_remainder(
 
     q, k, v = split(q), split(k), split(v)
     if q.shape[2] <= LONGEST or blocks_serve(q, mask):
-        k, v, n_queries = share_heads(q, k), share_heads(q, v), max(FEWEST_QUERIES, QUERIES // n)
+        k, v, n_queries = share_heads(q, k), share_heads(q, v), max(FEWEST_QUERIES // 2, QUERIES // n)
         heads = blocked_attention(q, k, v, mask, scale, sinks=sinks, n_queries=n_queries)
     else:
         positions = torch.arange(q.shape[2], device=q.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from llm.modules.masks import Causal, Mask
 
 QUERIES = 128  # in a block: the scores of a block should fit into a core's cache
-FEWEST_QUERIES = 64  # in a block, except the last: each block takes a pass through a Python loop
+FEWEST_QUERIES = 32  # in a block, except the last: each block takes a pass through a Python loop
 LONGEST = (
     512  # tokens of a short text; under a causal mask the fused kernel serves a longer one as fast, and keeps less
 )
