@@ -6,8 +6,8 @@
 Every model continues the first tokens of the same eval stories, at temperature 1, with several numbers of steps a
 block. An autoregressive model, the judge, then says how surprising each written token is to it. That number alone would
 praise a model that repeats itself, so the share of different tokens in a text stands beside it; the row "text" has
-both for the stories themselves. Speed is counted, as tokens per forward pass of one text or of a block, and measured, as
-tokens per second of all texts together.
+both for the stories themselves. Speed is counted, as tokens per forward pass of one text or of a block, and measured,
+as tokens per second of all texts together.
 Blog: Diffusion.
 """
 
