@@ -2,7 +2,8 @@
 
     python train_scripts/probe.py --models baseline rope --tasks recall parity
     python train_scripts/probe.py --models delta_net "delta_net, max_beta = 2" --tasks parity
-    python train_scripts/probe.py --quick                                     # minutes
+    python train_scripts/probe.py --quick                                     # ten minutes
+    python train_scripts/probe.py --report                                    # table and picture of what is there
 
 Each run is a line of JSON in `--out`; what is there is not run again, so an interrupted command goes on where it was.
 A model is trained at one learning rate after the other until it solves the task (99 %); more seeds follow at its best
@@ -79,6 +80,8 @@ class Arguments:
     """A line of JSON for each run; table and picture are written beside it."""
     quick: bool = False
     """Five models, four tasks, one rate: ten minutes."""
+    report: bool = False
+    """Train nothing; write table and picture from the rows of --out."""
 
 
 QUICK = Arguments(
@@ -223,18 +226,35 @@ def report(runs: list[dict], a: Arguments) -> None:
             f"| {m} | " + " | ".join("" if v is None else f"{100 * v:.0f}" for v in row) + " |" for m, row in rows
         ]
         lines += [f"| chance | {' | '.join(f'{100 * TASKS[task].chance:.0f}' for task in tasks)} |", ""]
+    lines += [origin(runs), ""]
     write_atomically(a.out.with_suffix(".md"), "\n".join(lines).encode())
     print("\n".join(lines))
     try_to_draw(draw_tables, tables, a.out.with_suffix(".png"), models, tasks)
 
 
+def origin(runs: list[dict]) -> str:
+    """Where the rows come from, in a sentence."""
+    named = {
+        "steps": sorted({run["steps"] for run in runs}),
+        "texts a step": sorted({run["batch_size"] for run in runs}),
+        "tokens in a text": sorted({run["length"] for run in runs}),
+        "seeds": sorted({run["seed"] for run in runs}),
+        "commits": sorted({str(run["commit"])[:7] for run in runs}),
+        "device": sorted({run["device"] for run in runs}),
+    }
+    return f"{len(runs)} runs; " + "; ".join(f"{name}: {', '.join(map(str, v))}" for name, v in named.items()) + "."
+
+
 def draw_tables(tables: dict[str, list[list[float | None]]], path: Path, models: list[str], tasks: list[str]) -> None:
-    """One panel for each length: a row for each model, a column for each task."""
+    """One panel for each length: a row for each model, a column for each task, accuracy in percent."""
     figure = new_figure(figsize=(1.5 + 0.62 * len(tasks) * len(tables), 1.8 + 0.28 * len(models)), dpi=130)
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for (times, values), panel in zip(tables.items(), panels, strict=True):
         shown = torch.tensor([[float("nan") if v is None else v for v in row] for row in values])
         panel.imshow(shown, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for y, x in shown.isfinite().nonzero().tolist():
+            value, options = shown[y, x].item(), dict(ha="center", va="center", fontsize=7)
+            panel.text(x, y, f"{100 * value:.0f}", color="black" if value > 0.6 else "white", **options)
         panel.set_title(f"{times} x trained length", fontsize=9)
         panel.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", fontsize=8)
         panel.set_yticks(range(len(models)), models, fontsize=8)
@@ -264,6 +284,8 @@ def run(a: Arguments) -> None:
         raise ValueError(f"{a.out} is a folder: name a file for the runs (--out {a.out / 'probes.jsonl'})")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     found = read_runs(a.out)
+    if a.report:
+        return report(found, a)
     for name in a.models:
         make_model(name, 2, a)  # settings that cannot work are refused before anything is trained
     for rate in a.rates:
