@@ -20,6 +20,7 @@ from typing import Literal
 import tyro
 
 from llm.analysis.compare import draw_curves
+from llm.analysis.matching import CLOSE
 from llm.analysis.results import at_best_rate, find, read_runs
 from llm.analysis.studies import Run, Study, complete, mean_and_error, opened, verdict
 from llm.config import TrainConfig
@@ -148,6 +149,12 @@ def table(models: dict[str, dict[int, dict]], reference: dict[int, dict], quanti
     return "\n".join(lines) + "\n"
 
 
+def cost_ratios(models: dict[str, dict[int, dict]], quantity: str) -> dict[str, float]:
+    """Each model's cost over the baseline's."""
+    costs = {name: next(iter(seeds.values()))[quantity] for name, seeds in models.items()}
+    return {name: cost / costs["baseline"] for name, cost in costs.items()}
+
+
 def deviation(values: list[float]) -> str:
     return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
 
@@ -171,6 +178,11 @@ def report(rows: list[dict], match: str, out: Path) -> None:
         text += "\nModels whose loss is a bound on theirs, by the Monte-Carlo estimate of llm/training/evaluate.py:\n\n"
         text += table(bounds, models["baseline"], quantity)
     first = next(iter(models["baseline"].values()))
+    missed = [
+        f"{name} ({ratio:.2f})" for name, ratio in cost_ratios(models, quantity).items() if abs(ratio - 1) > CLOSE
+    ]
+    if match != "none" and missed:
+        text += f"\nNo feed-forward width brings these within 1 % of the baseline: {', '.join(missed)}.\n"
     ran = sorted({f"{row['device']}, {row['precision']}, commit {str(row['commit'])[:7]}" for row in rows})
     text += "\n" + EXPLANATION.format("parameters" if match == "parameters" else "training FLOPs")
     text += f"{first['tokens']:,} tokens a run. Ran on: {'; '.join(ran)}.\n"
