@@ -83,6 +83,7 @@ def test_from_the_table_to_the_differences_of_two_models_in_three_steps(tab):
     tab.click("#search")
     tab.type("kimi-k2")
     tab.click("#table tbody a[href='#kimi-k2']")
+    tab.wait("$('model-title').textContent === 'kimi-k2'")
     for other, rows in (
         ("deepseek-v3", [["n_heads", "64", "128"], ["n_experts", "384", "256"], ["n_dense_layers", "1", "3"]]),
         ("qwen3-235b-a22b", [["n_experts", "384", "128"], ["d_model", "7168", "4096"]]),

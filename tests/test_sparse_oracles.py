@@ -1,4 +1,9 @@
-"""Native Sparse Attention against functions that nobody here wrote: the naive ones of flash-linear-attention."""
+"""Native Sparse Attention against functions that nobody here wrote: the naive ones of flash-linear-attention.
+
+    uv run --with fla-core==0.6.0 pytest tests/test_sparse_oracles.py
+
+The package is in no dependency group, since transformers would take its kernels where it finds it, also without a GPU.
+"""
 
 import importlib.util
 import sys
@@ -11,10 +16,9 @@ import torch
 from llm.modules.sparse.chosen import attend_to_chosen
 from llm.modules.sparse.native import NativeSparseAttention
 
-pytest.importorskip("einops")
 PACKAGE = importlib.util.find_spec("fla")
 if PACKAGE is None:
-    pytest.skip("fla-core is not installed", allow_module_level=True)
+    pytest.skip("needs uv run --with fla-core==0.6.0", allow_module_level=True)
 SIZE, SELECTED, LENGTH, D_MODEL = 8, 4, 75, 64  # 9 blocks and 3 tokens
 
 

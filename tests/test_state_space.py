@@ -98,13 +98,13 @@ def test_padding_on_the_left_changes_nothing_in_either(tmp_path, architecture, c
 
 @pytest.mark.parametrize("architecture, config", FIRST.items(), ids=FIRST)
 def test_texts_longer_than_a_chunk(tmp_path, architecture, config):
-    """A chunk has 64 tokens here and 32 there."""
+    """A chunk has 64 tokens here and 32 there. In float64: fp32 rounds 150 tokens differently in another order."""
     theirs = original(architecture, **config, max_position_embeddings=256)
     theirs.save_pretrained(tmp_path)
     for module in theirs.modules():
         if hasattr(module, "chunk_size"):
             module.chunk_size = 32
-    assert_same_logits(theirs, load_pretrained(tmp_path), n_tokens=150)
+    assert_same_logits(theirs.double(), load_pretrained(tmp_path).double(), n_tokens=150, atol=1e-5)
 
 
 # Settings

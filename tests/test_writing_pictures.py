@@ -82,6 +82,8 @@ def test_rows_count_forward_passes_and_a_second_call_replaces_them(runs, tmp_pat
     assert first[-1]["model"] == "text"
     writing_steps.main([both[0], *flags])
     second = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    speeds = [row.pop("tokens_per_second") for row in first[:-1]]
+    assert min(speeds) > 0 and [row.pop("tokens_per_second", None) for row in second].count(None) == 1
     key = lambda row: (row["model"], row.get("steps", 0), row.get("order", ""))  # noqa: E731
     assert sorted(second, key=key) == sorted(first, key=key)
 

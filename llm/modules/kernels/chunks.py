@@ -26,18 +26,33 @@ CHUNK = 64
 def chunked_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`explicit_linear_attention`, with products in v's dtype or autocast's, and the state in its own."""
+    """`explicit_linear_attention`, with products in v's dtype or autocast's, and the state in its own.
+
+    With a decay by head, q and k may have fewer heads than v. Heads that share them are computed side by side, in one
+    product, and the decay scales v and o instead of k and q.
+    """
     n_tokens, dtype = q.shape[1], product_dtype(v)
     q, k, v, log_decay = (in_chunks(x) for x in (q, k, v, log_decay))
     total = log_decay.cumsum(-2)
-    end = total[..., -1:, :]
-    read = decayed_products(q, k, total, dtype)  # (B, H, N, C, C)
-    writes = (k * (end - total).exp()).to(dtype).mT @ v.to(dtype)  # (B, H, N, K, V)
+    end, by_head = total[..., -1:, :], log_decay.shape[-1] == 1
+    n_heads, n_shared = v.shape[1], v.shape[1] // q.shape[1]
+    if by_head:
+        products = (q.to(dtype) @ k.to(dtype).mT).repeat_interleave(n_shared, 1)
+        read = products * decay_between(total).to(dtype)  # (B, H, N, C, C)
+        scaled = (v * (end - total).exp()).to(dtype)
+        writes = apart(k.to(dtype).mT @ together(scaled, n_shared), n_heads)  # (B, H, N, K, V)
+    else:
+        read = decayed_products(q, k, total, dtype)
+        writes = (k * (end - total).exp()).to(dtype).mT @ v.to(dtype)
     before, after = [], state
     for decay, write in zip(end.exp().mT.unbind(2), writes.unbind(2), strict=True):
         before.append(after)
         after = decay * after + write
-    carried = (q * total.exp()).to(dtype) @ torch.stack(before, 2).to(dtype)
+    states = torch.stack(before, 2).to(dtype)
+    if by_head:
+        carried = apart(q.to(dtype) @ together(states, n_shared), n_heads) * total.exp().to(dtype)
+    else:
+        carried = (q * total.exp()).to(dtype) @ states
     return as_text(read @ v.to(dtype) + carried, n_tokens), after
 
 
@@ -103,8 +118,7 @@ def decayed_products(q: Tensor, k: Tensor, total: Tensor, dtype: torch.dtype) ->
     """
     size = q.shape[-2]
     if total.shape[-1] == 1:
-        later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-        return q.to(dtype) @ k.to(dtype).mT * (total - total.mT).masked_fill(later, -torch.inf).exp().to(dtype)
+        return q.to(dtype) @ k.to(dtype).mT * decay_between(total).to(dtype)
     if size == 1:
         return (q * k).sum(-1, keepdim=True).to(dtype)
     q, k, total = (x.unflatten(-2, (2, -1)) for x in (q, k, total))  # (.., 2, C / 2, K)
@@ -113,6 +127,24 @@ def decayed_products(q: Tensor, k: Tensor, total: Tensor, dtype: torch.dtype) ->
     across = (q_late * (late - boundary).exp()).to(dtype) @ (k_early * (boundary - early).exp()).to(dtype).mT
     first, second = decayed_products(q, k, total, dtype).unbind(-3)
     return torch.cat([F.pad(first, (0, size // 2)), torch.cat([across, second], -1)], -2)
+
+
+def decay_between(total: Tensor) -> Tensor:
+    """exp(total_t - total_j) for j <= t, else 0: (.., C, 1) -> (.., C, C)."""
+    size = total.shape[-2]
+    later = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
+    return (total - total.mT).masked_fill(later, -torch.inf).exp()
+
+
+def together(x: Tensor, n_shared: int) -> Tensor:
+    """Heads (B, H, N, C, V) that share their keys side by side: (B, H / n_shared, N, C, n_shared V)."""
+    return x if n_shared == 1 else x.unflatten(1, (-1, n_shared)).movedim(2, -2).flatten(-2)
+
+
+def apart(x: Tensor, n_heads: int) -> Tensor:
+    """The inverse of `together`, for `n_heads` heads."""
+    n_shared = n_heads // x.shape[1]
+    return x if n_shared == 1 else x.unflatten(-1, (n_shared, -1)).movedim(-2, 2).flatten(1, 2)
 
 
 def earlier(x: Tensor, n: int) -> Tensor:

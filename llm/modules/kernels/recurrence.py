@@ -41,16 +41,18 @@ def low_rank(
 def recur(kind: str, inputs: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
     """`inputs` begin with q, k and v."""
     q, k, v, *others = inputs
+    one = q.shape[1] == 1
+    kernel = None if one else fla_kernel(kind, inputs, others[0])
     n_shared = v.shape[2] // q.shape[2]
-    if n_shared > 1:
+    chunks_share = kind == "linear_attention" and others[0].shape[-1] == 1  # a decay by head
+    if n_shared > 1 and (one or kernel or not chunks_share):
         q, k = q.repeat_interleave(n_shared, 2), k.repeat_interleave(n_shared, 2)
     if state is None:
         wide = torch.promote_types(v.dtype, torch.float32)
         state = torch.zeros(len(v), v.shape[2], k.shape[3], v.shape[3], dtype=wide, device=v.device)
     inputs = (q, k, v, *others)
-    if q.shape[1] == 1:
+    if one:
         o, state = getattr(core, f"{kind}_step")(*(x[:, 0].to(state.dtype) for x in inputs), state)
         return o[:, None].to(v.dtype), state
-    form = fla_kernel(kind, inputs, others[0]) or getattr(chunks, f"chunked_{kind}")
-    o, state = form(*inputs, state)
+    o, state = (kernel or getattr(chunks, f"chunked_{kind}"))(*inputs, state)
     return o.to(v.dtype), state
