@@ -74,7 +74,7 @@ def recurrent_flops(model) -> float:
 def loops(monkeypatch):
     """Recurrences as their definitions, without a matrix product: chunks do other work, and more of it."""
     for name in ("linear_attention", "delta_rule", "low_rank"):
-        monkeypatch.setattr(chunks, f"chunked_{name}", getattr(core, f"explicit_{name}"))
+        monkeypatch.setattr(chunks, f"chunked_{name}", with_a_key_for_each_head(getattr(core, f"explicit_{name}")))
     monkeypatch.setattr(mamba, "selective_scan", lambda u, *_: (u, None))
 
 
@@ -83,6 +83,16 @@ def test_a_recurrence_costs_one_product_for_each_time_the_state_is_read_or_writt
     assert Retention(**sizes).flops(T) == 4 * 4 * 64 * 128
     assert GatedDeltaNet(**sizes).flops(T) == 6 * 4 * 64 * 128  # a key reads, too
     assert Mamba2(d_model=512, n_heads=16, head_dim=64, d_state=128).flops(T) == 4 * 16 * 64 * 128
+
+
+def with_a_key_for_each_head(definition):
+    """Chunks take q and k of fewer heads than v; the definitions do not."""
+
+    def call(q, k, v, *rest):
+        n_shared = v.shape[2] // q.shape[2]
+        return definition(q.repeat_interleave(n_shared, 2), k.repeat_interleave(n_shared, 2), v, *rest)
+
+    return call
 
 
 def test_forward_flops_are_what_torch_counts(model, loops):
