@@ -42,7 +42,7 @@ class Arguments:
     models: tuple[str, ...] = tuple(MODELS)
     """Which models, in the order of the table. The baseline is always trained, too."""
     small: bool = False
-    """524,288 tokens each at d_model 128, 4 layers, context 128; otherwise the default size, 10 epochs at most."""
+    """262,144 tokens each at d_model 128, 4 layers, context 128; otherwise the default size, 10 epochs at most."""
     match: Literal["none", "flops", "parameters"] = "none"
     """Choose the feed-forward widths so that each model has the baseline's training FLOPs or parameters within 1 %."""
     rates: tuple[float, ...] | None = None

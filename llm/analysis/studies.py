@@ -62,7 +62,7 @@ class Study:
     data: Path
     """Folder of token arrays."""
     steps: int = 512
-    tokens_per_step: int = 1024
+    tokens_per_step: int = 512
     max_seq_len: int = 128
     eval_windows: int = 64
     small: bool = True
