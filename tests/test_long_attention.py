@@ -11,6 +11,7 @@ from llm.modules.attention.big_bird import BigBird
 from llm.modules.attention.core import explicit_attention
 from llm.modules.kernels import attention, query_blocks, recomputed
 from llm.modules.kernels.attention import attend, attend_by_remainder, causal_sink_attention, channel_attention
+from llm.modules.kernels.gathered import gathered_attention, gathering_serves
 from llm.modules.kernels.query_blocks import blocked_attention
 from llm.modules.kernels.recomputed import Recomputed, recomputed_attention
 from llm.modules.kernels.seen_blocks import blocks, mean_scored
@@ -88,14 +89,25 @@ FEW_IN_VAIN = {
 
 @pytest.mark.parametrize("mask", FEW_IN_VAIN.values(), ids=FEW_IN_VAIN)
 def test_masks_with_holes_compute_at_most_a_third_more_scores_than_they_show(mask):
-    """Counted in all products of both passes: two of each score forward, four backward."""
+    """Counted in the products: two of each score forward, and backward four, or five where it is computed again."""
     length, heads, width = 4096, 2, 8
     q, k, v = random_qkv(n_heads=heads, n_kv_heads=1, queries=length, keys=length, v_dim=width, dtype=torch.bfloat16)
-    with FlopCounterMode(display=False) as counter:
-        attend(q, k, v, whole(length), mask).sum().backward()
-    computed = counter.get_total_flops() / (6 * 2 * width * len(q) * heads * length)
+    with FlopCounterMode(display=False) as forward:
+        out = attend(q, k, v, whole(length), mask)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    computed = forward.get_total_flops() / (2 * 2 * width * len(q) * heads * length)
     shown = masks.mean_keys(mask, length)
     assert shown < computed <= 4 / 3 * shown
+    assert backward.get_total_flops() / forward.get_total_flops() in (2, 2.5)
+
+
+def test_keys_are_gathered_where_blocks_of_them_are_seen_whole():
+    """Where four of 128 keys are seen, a block would hold them in vain."""
+    q = torch.empty(1, 1, 4096, 8)
+    assert gathering_serves(q, masks.Window(128), None)
+    assert not gathering_serves(q, masks.Summaries(128, 4), None)
+    assert not gathering_serves(q, masks.Window(128), torch.zeros(1))
 
 
 def test_blocks_of_queries_that_see_other_keys_are_joined_only_where_they_are_tiny_or_the_text_is_short():
@@ -110,7 +122,7 @@ def test_blocks_of_queries_that_see_other_keys_are_joined_only_where_they_are_ti
 
 
 @every_mask
-@pytest.mark.parametrize("way", [blocked_attention, recomputed_attention])
+@pytest.mark.parametrize("way", [blocked_attention, gathered_attention, recomputed_attention])
 def test_blocks_of_a_long_text_equal_the_equation(mask, way):
     q, k, v = text(v_dim=5)
     assert_same(way(q, k, v, mask, 0.7), explicit_attention(q, k, v, shown(mask), 0.7), q, k, v)
@@ -232,8 +244,9 @@ def test_masks_that_show_much_are_computed_twice_rather_than_kept(monkeypatch):
     used = []
     monkeypatch.setattr(Recomputed, "apply", lambda *args: used.append("twice") or args[2])
     monkeypatch.setattr(query_blocks.QueryBlocks, "apply", lambda *args: used.append("kept") or args[2])
+    monkeypatch.setattr(attention, "gathered_attention", lambda *args: used.append("gathered") or args[2])
     q, k, v = text(torch.float32, length=3000)
-    for mask in (masks.Window(128), masks.Window(2000), masks.FirstAndWindow(4, 2000)):
+    for mask in (masks.Window(128), masks.Summaries(100, 3), masks.Window(2000), masks.FirstAndWindow(4, 2000)):
         attend(q, k, v, whole(3000), mask)
-    assert used == ["kept", "twice", "twice"]
+    assert used == ["gathered", "kept", "twice", "twice"]
     assert recomputed.Recomputed is Recomputed

@@ -9,6 +9,7 @@ is taken:
 | one text             | any    | any         | causal; a sink, channels, none | `fused_..attention`, without a mask |
 | one text             | CUDA   | not float64 | any; long: no bias             | `flex_attention`, where it compiles |
 | one text, T > 512    | any    | any         | every n-th token               | n texts side by side                |
+| one text, T > 512    | CPU    | not bf16    | few keys; nothing added        | `gathered_attention`                |
 | one text, T > 512    | any    | any         | few keys; no bias, no cap      | `blocked_attention`                 |
 | one text, T > 512    | any    | any         | looks back                     | `recomputed_attention`              |
 | with a cap           | any    | any         | any                            | `explicit_attention`                |
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 
 from llm.modules.attention.core import explicit_attention, share_heads
 from llm.modules.cache import Places
+from llm.modules.kernels.gathered import gathered_attention, gathering_serves
 from llm.modules.kernels.precision import without_slow_bf16
 from llm.modules.kernels.query_blocks import blocked_attention, blocks_serve, is_long
 from llm.modules.kernels.recomputed import recomputed_attention
@@ -108,6 +110,8 @@ def attend_to_text(
     n, inner = mask.by_remainder()
     if n > 1 and plain:
         return attend_by_remainder(q, k, v, n, inner, scale, sinks).to(dtype)
+    if plain and blocks_serve(q, mask) and gathering_serves(q, mask, sinks):
+        return gathered_attention(q, k, v, mask, scale).to(dtype)
     k, v = share_heads(q, k), share_heads(q, v)
     if plain and blocks_serve(q, mask):
         return blocked_attention(q, k, v, mask, scale, sinks=sinks).to(dtype)
@@ -132,7 +136,9 @@ def attend_by_remainder(
         return F.pad(x, (0, 0, 0, -length % n)).unflatten(2, (-1, n)).movedim(3, 1).flatten(0, 1)
 
     q, k, v = split(q), split(k), split(v)
-    if q.shape[2] <= LONGEST or blocks_serve(q, mask):
+    if blocks_serve(q, mask) and gathering_serves(q, mask, sinks) and q.shape[2] > LONGEST:
+        heads = gathered_attention(q, k, v, mask, scale)
+    elif q.shape[2] <= LONGEST or blocks_serve(q, mask):
         k, v, n_queries = share_heads(q, k), share_heads(q, v), max(FEWEST_QUERIES // 2, QUERIES // n)
         heads = blocked_attention(q, k, v, mask, scale, sinks=sinks, n_queries=n_queries)
     else:

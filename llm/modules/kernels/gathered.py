@@ -1,0 +1,95 @@
+"""Attention to gathered blocks of keys, in one fused call for all blocks of queries: for masks that show few keys.
+
+A block of queries Q_i is given the blocks of keys that some of its queries see, side by side, and a mask for them:
+
+    O_i = softmax(scale Q_i K[seen_i]^T + mask_i) V[seen_i]
+
+Blocks of queries that see equally many blocks of keys make a batch for PyTorch's fused kernel. The cost is what the
+mask shows, up to the border of a block. A key is copied for each block of queries that sees it. query_blocks.py computes
+one block after the other instead, without copies. Blog: Attention, sparse attention.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm.modules.kernels.seen_blocks import mean_scored
+from llm.modules.masks import Mask
+
+KEYS = 32  # in a block, and at least as many queries
+MOST_IN_VAIN = 1.5  # times the scores that query_blocks.py computes
+
+
+class Batch(NamedTuple):
+    """N blocks of queries that see J blocks of keys each."""
+
+    rows: Tensor
+    """(N,): which blocks of queries."""
+    seen: Tensor
+    """(N, J): which blocks of keys each sees."""
+    shown: Tensor
+    """(N, queries, J keys): True where the query sees the key."""
+
+
+def gathering_serves(q: Tensor, mask: Mask, sinks: Tensor | None) -> bool:
+    """Whether this is faster than query_blocks.py, where both can be used: on a CPU, not in bf16, and not where a few
+    keys of each block are seen, as under `Summaries`."""
+    if q.device.type != "cpu" or q.dtype is torch.bfloat16 or sinks is not None:
+        return False
+    length = q.shape[2]
+    scored = sum(batch.shown.numel() for batch in batches(length, mask)) / length
+    return scored <= MOST_IN_VAIN * mean_scored(length, mask)
+
+
+def block_sizes(mask: Mask) -> tuple[int, int]:
+    """Queries and keys in a block. A block of queries ends where the mask shows its neighbours other keys."""
+    queries = mask.query_block * math.ceil(KEYS / mask.query_block)
+    return queries, math.gcd(queries, KEYS)
+
+
+def gathered_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
+    """q (B, H, T, D), k (B, H_kv, T, D), v (B, H_kv, T, D_v), one text from position 0 on: -> (B, H, T, D_v).
+
+    `mask.looks_back` must hold.
+    """
+    n_texts, length = q.shape[0], q.shape[2]
+    n_queries, n_keys = block_sizes(mask)
+    end = (0, 0, 0, -length % n_queries)  # no query of the text sees what is added after it
+    q, k, v = (F.pad(x, end).unflatten(2, (-1, n)) for x, n in ((q, n_queries), (k, n_keys), (v, n_keys)))
+
+    def gather(x: Tensor, which: Tensor) -> Tensor:  # (B, H, blocks, n, D) -> (B N, H, J n, D)
+        x = x.index_select(2, which.flatten()).unflatten(2, which.shape).flatten(3, 4)
+        return x.movedim(2, 1).flatten(0, 1)
+
+    parts = []
+    for rows, seen, shown in batches(length, mask):
+        shown = shown[:, None].repeat(n_texts, 1, 1, 1)
+        shared = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            gather(q, rows[:, None]), gather(k, seen), gather(v, seen), attn_mask=shown, scale=scale, enable_gqa=shared
+        )
+        parts.append(out.unflatten(0, (n_texts, -1)).movedim(1, 2))  # (B, H, N, queries, D_v)
+    order = torch.cat([batch.rows for batch in batches(length, mask)]).argsort()
+    return torch.cat(parts, 2).index_select(2, order).flatten(2, 3)[:, :, :length]
+
+
+@lru_cache(maxsize=32)
+def batches(length: int, mask: Mask) -> list[Batch]:
+    """The batches of a text of `length` tokens, its last block filled up."""
+    n_queries, n_keys = block_sizes(mask)
+    alike: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # by the number of blocks of keys
+    for row, start in enumerate(range(0, length, n_queries)):
+        first = max(0, start + 1 - int(min(mask.reach, length))) // n_keys
+        end = start + n_queries
+        queries, keys = (torch.arange(begin, end, device="cpu") for begin in (start, first * n_keys))
+        visible = mask.visible(queries[:, None], keys).unflatten(1, (-1, n_keys))
+        seen = visible.any(2).any(0).nonzero()[:, 0]
+        alike.setdefault(len(seen), []).append((row, first + seen, visible[:, seen].flatten(1)))
+    return [
+        Batch(torch.tensor(rows, device="cpu"), torch.stack(seen), torch.stack(shown))
+        for rows, seen, shown in (zip(*blocks, strict=True) for blocks in alike.values())
+    ]
