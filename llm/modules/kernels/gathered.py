@@ -5,8 +5,8 @@ A block of queries Q_i is given the blocks of keys that some of its queries see,
     O_i = softmax(scale Q_i K[seen_i]^T + mask_i) V[seen_i]
 
 Blocks of queries that see equally many blocks of keys make a batch for PyTorch's fused kernel. The cost is what the
-mask shows, up to the border of a block. A key is copied for each block of queries that sees it. query_blocks.py computes
-one block after the other instead, without copies. Blog: Attention, sparse attention.
+mask shows, up to the border of a block. A key is copied for each block of queries that sees it; query_blocks.py has no
+copies, but computes one block after the other. Blog: Attention, sparse attention.
 """
 
 import math
