@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm.modules.kernels.seen_blocks import mean_scored
+from llm.modules.kernels.seen_blocks import FEWEST_QUERIES, mean_scored
 from llm.modules.masks import Mask
 
-KEYS = 32  # in a block, and at least as many queries
+QUERIES, KEYS = 64, 32  # in a block
 MOST_IN_VAIN = 1.5  # times the scores that query_blocks.py computes
 
 
@@ -47,7 +47,8 @@ def gathering_serves(q: Tensor, mask: Mask, sinks: Tensor | None) -> bool:
 
 def block_sizes(mask: Mask) -> tuple[int, int]:
     """Queries and keys in a block. A block of queries ends where the mask shows its neighbours other keys."""
-    queries = mask.query_block * math.ceil(KEYS / mask.query_block)
+    alike = mask.query_block
+    queries = QUERIES if alike == 1 else alike * math.ceil(FEWEST_QUERIES / alike)
     return queries, math.gcd(queries, KEYS)
 
 
