@@ -537,7 +537,7 @@ def test_the_script_writes_rows_table_and_picture_and_goes_on(tmp_path, monkeypa
     data = write_corpus(tmp_path)
     script_module = script("extend_context")
     flags = ["--short", "16", "--times", "3", "--steps", "2", "--windows", "5", "--seeds", "1", "--data", str(data)]
-    flags += ["--out", str(tmp_path / "context.jsonl"), "--models", "learned_position", "mamba2"]
+    flags += ["--processes", "1", "--out", str(tmp_path / "context.jsonl"), "--models", "learned_position", "mamba2"]
     script_module.main(flags)
     first = (tmp_path / "context.jsonl").read_text(encoding="utf-8")
     script_module.main([*flags, "rope"])

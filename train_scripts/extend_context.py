@@ -14,9 +14,13 @@ Blog: Position encoding, longer context.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import tyro
@@ -25,7 +29,7 @@ from tqdm import tqdm
 
 from llm.analysis.length import loss_as_texts_grow, scalings, set_mask, set_scaling, windows_of
 from llm.analysis.results import find, read_runs
-from llm.analysis.studies import mean_and_error, opened
+from llm.analysis.studies import mean_and_error, opened, side_by_side
 from llm.config import TrainConfig
 from llm.console import console
 from llm.data.files import Data
@@ -60,7 +64,7 @@ class Arguments:
     times: int = 8
     """Texts of evaluation are up to so many times as long."""
     steps: int = 512
-    """Optimiser steps of 1,024 tokens."""
+    """Optimiser steps of 512 tokens."""
     rate: float = 8e-3
     """Learning rate."""
     seeds: int = 3
@@ -69,10 +73,12 @@ class Arguments:
     """Windows of evaluation."""
     data: Path = Path("data/stories")
     """Folder that pre_tokenize.py wrote."""
+    processes: int = 2
+    """Models side by side, each on one core."""
     out: Path = Path("docs/results/context.jsonl")
     """A line of JSON for each model, scaling and seed."""
     quick: bool = False
-    """rope, alibi and gated_delta_net, one seed, a quarter of the tokens."""
+    """rope, alibi and gated_delta_net, one seed, a quarter of the tokens, and rows of their own."""
     report: bool = False
     """Train nothing; write table and picture from the rows of --out."""
 
@@ -95,8 +101,9 @@ def trained_model(name: str, seed: int, a: Arguments, data: Data) -> Transformer
     """The model after training on short windows: from its run directory where it is finished."""
     Config = MODELS[name].Config
     sizes = {"max_seq_len": a.short, "vocab_size": data.vocab_size, "initialization": "truncated_normal"}
-    budget = dict(steps=a.steps, tokens_per_step=1024, warmup_steps=a.steps // 10, max_lr=a.rate, min_lr=a.rate / 10)
+    budget = dict(steps=a.steps, tokens_per_step=512, warmup_steps=a.steps // 10, max_lr=a.rate, min_lr=a.rate / 10)
     machine = dict(wandb="off", illustrate=False, eval_every=a.steps, save_every=a.steps)
+    machine |= dict(precision="fp32", compile="off")  # compiling takes longer than the run
     out = Path("runs/context") / f"{name}-{a.short}-{a.steps}-{a.rate:g}-{seed}"
     config = TrainConfig(data=a.data, out=out, seed=seed, **budget, **machine)
     train(MODELS[name], Config(**{**Config.small, **sizes}), config, data)
@@ -146,18 +153,34 @@ def results(name: str, seed: int, a: Arguments, data: Data) -> Iterator[dict]:
         yield {"scaling": scaling, "tuned": True, "loss": loss_as_texts_grow(tuned, windows, a.short)}
 
 
+def key(place: tuple[str, int], a: Arguments, data: Data) -> dict:
+    """What identifies the lines of a model and a seed."""
+    sizes = dict(short=a.short, times=a.times, steps=a.steps, rate=a.rate, windows=a.windows)
+    return {"model": place[0], "seed": place[1], **sizes, "data": data.train_sha256[:12]}
+
+
+def lines_of(a: Arguments, place: tuple[str, int]) -> list[dict]:
+    """The lines of a model and a seed, after training it in this process."""
+    data = opened(a.data)
+    with open(os.devnull, "w") as log, redirect_stdout(log), redirect_stderr(log):
+        return [
+            {**key(place, a, data), **line, "commit": git_commit(), "device": "cpu"}
+            for line in results(*place, a, data)
+        ]
+
+
 def compute(a: Arguments) -> None:
     """Write the lines of the models and seeds that have none."""
     data, there = opened(a.data), read_runs(a.out)
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    places = [(name, seed) for seed in range(a.seeds) for name in a.models]
-    for name, seed in tqdm(places, unit="model"):
-        key = dict(model=name, seed=seed, short=a.short, times=a.times, steps=a.steps, rate=a.rate)
-        key |= dict(windows=a.windows, data=data.train_sha256[:12])
-        found = {(row["scaling"], row["tuned"]) for row in find(there, **key)}
-        if found >= {(None, False), *((scaling, True) for scaling in a.scalings if name == "rope")}:
-            continue
-        lines = [{**key, **line, "commit": git_commit(), "device": "cpu"} for line in results(name, seed, a, data)]
+
+    def done(place: tuple[str, int]) -> bool:
+        found = {(row["scaling"], row["tuned"]) for row in find(there, **key(place, a, data))}
+        return found >= {(None, False), *((scaling, True) for scaling in a.scalings if place[0] == "rope")}
+
+    todo = [place for place in product(a.models, range(a.seeds)) if not done(place)]
+    todo.sort(key=lambda place: place[1])  # all models with the first seed before the second seed begins
+    for _, lines in tqdm(side_by_side(partial(lines_of, a), todo, a.processes), "models", len(todo), disable=not todo):
         with open(a.out, "a", encoding="utf-8") as file:  # all lines of a model at once, or none
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -215,6 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     a = tyro.cli(Arguments, args=arguments)
     if a.quick:
         a = replace(a, models=("rope", "alibi", "gated_delta_net"), seeds=1, steps=a.steps // 4)
+        a = replace(a, out=Path("runs/context.jsonl"))
     if not a.report:
         compute(a)
     rows = find(read_runs(a.out), short=a.short, times=a.times, steps=a.steps)

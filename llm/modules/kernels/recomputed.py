@@ -40,16 +40,15 @@ class Scores(NamedTuple):
         return tuple(x for x in self.bias.parameters() if x.requires_grad)
 
     def of(self, products: Tensor, added: Tensor | None, block: Block) -> tuple[Tensor, Tensor | None]:
-        """Products (B, H, queries, keys), which are overwritten -> scores, and the derivative of the cap, if any."""
-        slope = None
+        """Products (B, H, queries, keys), which are overwritten -> scores, and the cap's tanh, if there is a cap."""
+        tanh = None
         if self.soft_cap is not None:
             tanh = products.div_(self.soft_cap).tanh_()
-            slope = 1 - tanh.square()
-            products = tanh.mul_(self.soft_cap)
+            products = tanh * self.soft_cap
         if added is not None:
             products += added
         hide(products, block, self.mask)
-        return products, slope
+        return products, tanh
 
     def added(self, block: Block, like: Tensor) -> Tensor | None:
         """The bias of a block, (H, queries, keys) or (B, H, queries, keys)."""
@@ -118,7 +117,7 @@ class Recomputed(torch.autograd.Function):
             k_i, v_i, grad_i = take(k, keys), take(v, keys), grad[:, rows]
             with torch.set_grad_enabled(bool(dlearned)):
                 added = scores.added(block, q)
-            p, slope, sink = softmax_of_block(q[:, rows], k_i, heads, scores, sinks, block, added)
+            p, tanh, sink = softmax_of_block(q[:, rows], k_i, heads, scores, sinks, block, added)
             if sinks is not None:
                 dsinks -= (sink * mean[:, rows]).unflatten(0, heads).sum((0, 2, 3), dtype=wide)
             add(dv, keys, p.mT @ grad_i)
@@ -127,8 +126,8 @@ class Recomputed(torch.autograd.Function):
                 dadded = ds.unflatten(0, heads).sum_to_size(added.shape)
                 for total, part in zip(dlearned, torch.autograd.grad(added, ctx.learned, dadded), strict=True):
                     total += part
-            if slope is not None:
-                ds *= slope.flatten(0, 1)
+            if tanh is not None:
+                ds = torch.ops.aten.tanh_backward(ds, tanh.flatten(0, 1))
             dq[:, rows] = ds @ k_i
             add(dk, keys, ds.mT @ q[:, rows])
         dq, dk, dv = (x.to(q.dtype).unflatten(0, heads) for x in (dq, dk, dv))
@@ -139,11 +138,11 @@ def softmax_of_block(
     q: Tensor, k: Tensor, heads: tuple[int, int], scores: Scores, sinks: Tensor | None, block: Block,
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """A block's queries and keys -> probabilities (B H, queries, keys), the cap's slope, the sink's probability."""
+    """A block's queries and keys -> probabilities (B H, queries, keys), the cap's tanh, the sink's probability."""
     added = scores.added(block, q) if added is None else added.detach()
-    s, slope = scores.of((q @ k.mT).unflatten(0, heads), added, block)
+    s, tanh = scores.of((q @ k.mT).unflatten(0, heads), added, block)
     if sinks is None:
-        return s.softmax(-1).flatten(0, 1), slope, None
+        return s.softmax(-1).flatten(0, 1), tanh, None
     sink = sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
     p = torch.cat([s, sink], -1).softmax(-1).flatten(0, 1)
-    return p[..., :-1], slope, p[..., -1:]
+    return p[..., :-1], tanh, p[..., -1:]
