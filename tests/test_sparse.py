@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.masks import Window
 from llm.modules.position_encoding.rope import RoPE
+from llm.modules.sparse import chosen
 from llm.modules.sparse.block_mixture import BlockMixtureAttention
 from llm.modules.sparse.chosen import attend_to_chosen, mean_chosen
 from llm.modules.sparse.native import NativeSparseAttention
@@ -197,17 +198,22 @@ def test_a_block_is_finished_once_by_whatever_parts():
             assert found == list(range((T - 3 - size) // stride + 1))
 
 
-def test_chosen_keys_are_looked_up_in_parts_and_computed_again_for_the_gradient():
+@pytest.mark.parametrize(("n_queries", "length", "way"), [(600, 600, "copies"), (281, 281, "all"), (3, 281, "all")])
+def test_chosen_keys_are_looked_up_or_hidden_in_parts_and_computed_again_for_the_gradient(
+    n_queries, length, way, monkeypatch
+):
+    monkeypatch.setattr(chosen, {"copies": "attend_to_all", "all": "attend_to_copies"}[way], None)
     torch.manual_seed(0)
-    q = torch.randn(2, 4, 600, 8, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(2, 600, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    index = torch.rand(2, 2, 600, 600).argsort(-1)[..., :9]
+    q = torch.randn(2, 4, n_queries, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, length, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    index = torch.rand(2, 2, n_queries, length).argsort(-1)[..., :9]
     shown = torch.rand(index.shape) < 0.8
-    seen = torch.zeros(2, 2, 600, 600, dtype=torch.bool).scatter(-1, index, shown).repeat_interleave(2, 1)
+    shown[:, 1, 2] = False
+    seen = torch.zeros(2, 2, n_queries, length, dtype=torch.bool).scatter(-1, index, shown).repeat_interleave(2, 1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         ours = attend_to_chosen(q, k, v, index, shown, 0.3)
-    assert max(kept) <= max(q.numel(), index.numel())
+    assert n_queries <= chosen.QUERIES or max(kept) <= max(q.numel(), index.numel())
     scores = (q @ k.transpose(1, 2).repeat_interleave(2, 1).mT * 0.3).masked_fill(~seen, -torch.inf)
     expected = scores.softmax(-1).nan_to_num() @ v.transpose(1, 2).repeat_interleave(2, 1)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)

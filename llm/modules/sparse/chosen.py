@@ -4,40 +4,58 @@
 
 Heads that share a key head share its list, and the keys are read once for all of them. The choice itself is made
 elsewhere: NSA (native.py), MoBA (block_mixture.py) and DSA (indexer.py) differ in nothing but their lists. A list holds
-numbers, through which no gradient flows. Blog: Attention, learned sparse attention.
+numbers, through which no gradient flows.
+
+A key that is read for one query alone is copied, which takes as long as dozens of scores. So for few keys a fused
+kernel computes all scores and hides those of the others. Blog: Attention, learned sparse attention.
 """
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-QUERIES = 256  # whose keys are copied at a time; the copies are made again in the backward pass
+from llm.modules.kernels.attention import fused_attention
+
+QUERIES = 256  # whose keys are copied, or hidden, at a time; this is done again in the backward pass
+SCORES_OF_A_COPY = 64  # computed and hidden in the time that a key is copied: measured on a CPU
 
 
 def attend_to_chosen(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tensor, scale: float) -> Tensor:
     """q (B, H, T, D), k and v (B, S, H_kv, D), index and shown (B, H_kv, T, n) -> (B, H, T, D_v).
 
-    Query t of the heads that share key head g attends to the keys index[b, g, t] where shown[b, g, t] says so. One that
-    is shown none gets zeros.
+    Query t of the heads that share key head g attends to the keys index[b, g, t] where shown[b, g, t] says so. A list
+    has no key twice. A query that is shown none gets zeros.
     """
-    q = q.unflatten(1, (k.shape[2], -1)).transpose(2, 3)  # (B, H_kv, T, heads that share, D)
+    q = q.unflatten(1, (k.shape[2], -1))  # (B, H_kv, heads that share, T, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    parts = [x.split(QUERIES, 2) for x in (q, index, shown)]
-    keep = q.shape[2] <= QUERIES or not torch.is_grad_enabled()
+    n_scores, n_copies = q.shape[2] * k.shape[2], index.shape[3]
+    attend = attend_to_all if n_scores <= SCORES_OF_A_COPY * n_copies else attend_to_copies
+    keep = q.shape[3] <= QUERIES or not torch.is_grad_enabled()
     heads = [
-        part_of(q_i, k, v, i, s, scale)
+        attend(q_i, k, v, i, s, scale)
         if keep
-        else checkpoint(part_of, q_i, k, v, i, s, scale, use_reentrant=False, preserve_rng_state=False)
-        for q_i, i, s in zip(*parts, strict=True)
+        else checkpoint(attend, q_i, k, v, i, s, scale, use_reentrant=False, preserve_rng_state=False)
+        for q_i, i, s in zip(q.split(QUERIES, 3), index.split(QUERIES, 2), shown.split(QUERIES, 2), strict=True)
     ]
-    return torch.cat(heads, 2).transpose(2, 3).flatten(1, 2)
+    return torch.cat(heads, 3).flatten(1, 2)
 
 
-def part_of(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tensor, scale: float) -> Tensor:
-    """q (B, H_kv, T, R, D), k and v (B, H_kv, S, D), index and shown (B, H_kv, T, n) -> (B, H_kv, T, R, D_v)."""
+def attend_to_copies(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tensor, scale: float) -> Tensor:
+    """q (B, H_kv, R, T, D), k and v (B, H_kv, S, D), index and shown (B, H_kv, T, n) -> (B, H_kv, R, T, D_v)."""
     k, v = (look_up(x, index) for x in (k, v))  # (B, H_kv, T, n, D)
-    scores = (q @ k.mT * scale).masked_fill(~shown[..., None, :], torch.finfo(q.dtype).min)  # (B, H_kv, T, R, n)
-    return scores.softmax(-1) @ v * shown.any(-1)[..., None, None]
+    scores = q.transpose(2, 3) @ k.mT * scale  # (B, H_kv, T, R, n)
+    p = scores.masked_fill(~shown[..., None, :], torch.finfo(q.dtype).min).softmax(-1)
+    return (p @ v * shown.any(-1)[..., None, None]).transpose(2, 3)
+
+
+def attend_to_all(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tensor, scale: float) -> Tensor:
+    """The same, with a mask for all keys. What is not shown is marked in an extra column."""
+    any_shown, n_keys = shown.any(-1, keepdim=True), k.shape[2]
+    marks = shown.new_zeros(*shown.shape[:3], n_keys + 1).scatter_(3, index.where(shown, n_keys), True)[..., :-1]
+    mask = marks | ~any_shown  # a softmax over no keys is undefined
+    k, v, mask = (x.flatten(0, 1)[:, None] for x in (k, v, mask))  # one key head for the R heads that share it
+    out = fused_attention(q.flatten(0, 1), k, v, mask, scale)
+    return out.unflatten(0, q.shape[:2]) * any_shown[:, :, None]
 
 
 def look_up(x: Tensor, index: Tensor) -> Tensor:
