@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.modules.kernels.attention import fused_attention
 
 QUERIES = 256  # whose keys are copied, or hidden, at a time; this is done again in the backward pass
-SCORES_OF_A_COPY = 64  # computed and hidden in the time that a key is copied: measured on a CPU
+SCORES_OF_A_COPY = 64  # computed and hidden in the time that a key is copied: measured on two cores of a CPU
 
 
 def attend_to_chosen(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tensor, scale: float) -> Tensor:
