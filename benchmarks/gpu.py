@@ -73,23 +73,24 @@ def all_parts(flags: Arguments) -> list[Part]:
     chosen = ["-k", "baseline"] if tiny else ["-k", "compiled or cuda or gpu or flex or grouped or autocast"]
     own = [__file__, *device, "--out", str(flags.out), *(["--tiny"] if tiny else [])]
     own += ["--models", *flags.models] if flags.models else []
-    few = ["--turns", "1", "--rivals"] if tiny else ["--turns", "3", "--rivals", "transformers Llama"]
+    few = ["--turns", "1", "--rivals"] if tiny else ["--turns", "2", "--rivals", "transformers Llama"]
     batch = ["--windows", "1", "--length", "32", "--steps", "1", "--modes", "eager"] if tiny else ["--windows", "32"]
     large = batch if tiny else ["--windows", "16", "--length", "1024"]
     text = ["--prompts", "8", "--new-tokens", "4", "--modes", "eager"] if tiny else ["--prompts", "128"]
-    sizes = ["--steps", "2", "--tokens-per-step", "256", "--micro-batch-size", "1"] if tiny else ["--steps", "700"]
+    sizes = ["--steps", "2", "--tokens-per-step", "256", "--micro-batch-size", "1"] if tiny else ["--steps", "500"]
     run = ["--sample", *device, *sizes, "--wandb", "off", "--resume", "never", "--out", str(flags.out / "run")]
     sharded = ["--shard", "--recompute", "--compile", "off", "--steps", "2" if tiny else "50"]  # the last flag counts
     own_run = [*run[:-1], str(flags.out / "sharded-run"), *sharded]
     one_rank = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     return [
         Part("models", 120, [*own, "--inside", "models"]),
-        Part("training-17M", 60, ["benchmarks/train.py", *device, *batch, *few]),
-        Part("training-124M", 70, ["benchmarks/train.py", *device, "--size", "gpt2", *large, *few]),
-        Part("writing", 60, ["benchmarks/decode.py", *device, "--batches", "1", "16", *text, *few]),
+        Part("training-17M", 45, ["benchmarks/train.py", *device, *batch, *few]),
+        Part("training-124M", 55, ["benchmarks/train.py", *device, "--size", "gpt2", *large, *few]),
+        Part("writing-16", 45, ["benchmarks/decode.py", *device, "--batches", "16", *text, *few]),
+        Part("writing-1", 45, ["benchmarks/decode.py", *device, "--batches", "1", *text, *few]),
+        Part("tests", 60, ["-m", "pytest", *tests, *chosen]),
         Part("decoding", 50, [*own, "--inside", "decoding"]),
-        Part("a-run", 50, ["train_scripts/train_baseline.py", *run]),
-        Part("tests", 50, ["-m", "pytest", *tests, *chosen]),
+        Part("a-run", 40, ["train_scripts/train_baseline.py", *run]),
         Part("sharded", 20, [*one_rank, "train_scripts/train_baseline.py", *own_run]),
     ]
 
