@@ -22,7 +22,7 @@ from llm.training.distributed import Ranks, join_ranks, leave_ranks
 from llm.training.gradient import compute_gradient, make_objective
 from llm.training.optim import make_optimizer
 from llm.training.run_directory import RunDirectory
-from llm.training.sharding import gathered, place, whole, whole_outside_blocks
+from llm.training.sharding import gathered, is_part, place, whole, whole_outside_blocks
 
 WINDOWS, LENGTH, STEPS = 4, 16, 2
 FEW = ("baseline", "deepseek_v3", "rwkv7", "block_diffusion", "loss_free_balancing", "learned_position")
@@ -194,13 +194,21 @@ def test_a_rank_holds_its_share_of_the_weights_and_no_more(tmp_path):
     def act(rank):
         ranks = join_ranks()
         machine = Machine(torch.device("cpu"), bf16=False, compile=False)
-        model = place(tiny_model("llama"), TrainConfig(shard=True), machine, ranks)
-        held = sum(p.to_local().numel() for p in model.parameters())
+        model = place(tiny_model("llama", n_layers=4), TrainConfig(shard=True), machine, ranks)
+        held, whole_blocks = sum(p.to_local().numel() for p in model.parameters()), []
+
+        def count(*_):
+            whole_blocks.append(sum(not is_part(next(block.parameters())) for block in model.blocks))
+
+        for block in model.blocks:
+            block.mixer.register_forward_hook(count)
+        model.loss(torch.randint(VOCABULARY, (1, LENGTH + 1)))[0].backward()
+        assert len(whole_blocks) == 4 and 1 <= max(whole_blocks) <= 2, whole_blocks
         (tmp_path / f"{rank}").write_text(str(held), encoding="utf-8")
         leave_ranks()
 
     assert on_ranks(2, act) == [0, 0]
-    model = tiny_model("llama")
+    model = tiny_model("llama", n_layers=4)
     held = [int((tmp_path / f"{rank}").read_text()) for rank in (0, 1)]
     assert sum(held) == sum(p.numel() for p in model.parameters())
     assert held[0] * 4 == pytest.approx(sharded_memory(model, n_ranks=2, windows=1, context=16)["weights"], rel=0.01)
