@@ -152,15 +152,25 @@ def test_the_script_goes_on_with_the_runs_that_are_missing(tmp_path, capsys):
 
 def test_rates_are_tried_until_one_solves_the_task_and_more_seeds_take_the_best(tmp_path, monkeypatch):
     probe = script("probe")
-    reached = {("rope", 1e-2): 1.0, ("nope", 1e-2): 0.5, ("nope", 3e-3): 0.7, ("nope", 3e-2): 0.6}
-    monkeypatch.setattr(probe, "train", lambda run, a: {"1": reached[run["model"], run["rate"]]})
+    reached = {("rope", 1e-2): 1.0, ("nope", 1e-2): 0.5, ("nope", 5e-3): 0.7, ("nope", 2e-2): 0.6}
+    reached |= {("alibi", 1e-2): 1.0, ("alibi", 5e-3): 0.999}
+    fails = {"model": "alibi", "rate": 1e-2, "seed": 1}.items()  # the only one that does not reach the same
+
+    def train(run, a):
+        return {"1": 0.2 if fails <= run.items() else reached[run["model"], run["rate"]]}
+
+    monkeypatch.setattr(probe, "train", train)
     monkeypatch.setattr(probe, "report", lambda found, a: None)
     out = tmp_path / "runs.jsonl"
-    probe.main(["--models", "rope", "nope", "--seeds", "2", *SMALL, "--longer", "1", "--out", str(out)])
+    probe.main(["--models", "rope", "nope", "alibi", "--seeds", "2", *SMALL, "--longer", "1", "--out", str(out)])
     runs = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(run["model"], run["rate"], run["seed"]) for run in runs] == [
-        ("rope", 1e-2, 0), ("nope", 1e-2, 0), ("nope", 3e-3, 0), ("nope", 3e-2, 0), ("rope", 1e-2, 1), ("nope", 3e-3, 1)
+        ("rope", 1e-2, 0), ("nope", 1e-2, 0), ("alibi", 1e-2, 0), ("nope", 5e-3, 0), ("nope", 2e-2, 0),
+        ("rope", 1e-2, 1), ("nope", 5e-3, 1), ("alibi", 1e-2, 1), ("alibi", 5e-3, 0), ("alibi", 5e-3, 1),
     ]  # fmt: skip
+    assert [run["rate"] for run in probe.at_best_probe_rate(run for run in runs if run["model"] == "alibi")] == [
+        5e-3
+    ] * 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
 
 Each run is a line of JSON in `--out`; what is there is not run again, so an interrupted command goes on where it was.
 A model is trained at one learning rate after the other until it solves the task (99 %); more seeds follow at its best
-rate, which the table and the heat map show. The tasks: llm/analysis/probes.py.
+rate, and other rates where these fail. Table and heat map show the best one. The tasks: llm/analysis/probes.py.
 
 Muon trains, since with AdamW attention needs about ten times as many steps to find the pairs of `recall`.
 """
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from llm.analysis.probes import TASKS, UNDECIDED, draw
-from llm.analysis.results import at_best_rate, find, probe_accuracy, read_runs
+from llm.analysis.results import SOLVED, at_best_probe_rate, find, probe_accuracy, read_runs
 from llm.analysis.studies import side_by_side
 from llm.config import TrainConfig
 from llm.console import console
@@ -41,7 +41,6 @@ from llm.training.optim import learning_rate, make_optimizer
 from llm.training.provenance import git_commit
 
 LSTM = "lstm"  # no language model of ours, as a control: it keeps a state through time
-SOLVED = 0.99
 MODEL_NAMES = (*(name for name, Model in MODELS.items() if Model.causal), LSTM)
 
 
@@ -56,7 +55,7 @@ class Arguments:
     """Causal models of MODELS, or lstm. Settings may follow the name: "delta_net, max_beta = 2"."""
     tasks: tuple[str, ...] = tuple(TASKS)
     """Names of llm/analysis/probes.py."""
-    rates: tuple[float, ...] = (1e-2, 3e-3, 3e-2)
+    rates: tuple[float, ...] = (1e-2, 5e-3, 2e-2)
     """Learning rates, in the order in which they are tried; each model is shown at its best one."""
     seeds: int = 1
     """Runs of each model and task at its best rate."""
@@ -181,11 +180,12 @@ def described(a: Arguments, task: str, model: str) -> dict:
 
 
 def missing_runs(a: Arguments, found: list[dict], rate: float) -> Iterator[dict]:
-    """The first seed at this rate, where no run is there and no other rate solves the task."""
+    """The first seed at this rate, where no run is there and no other rate solves the task with all seeds so far."""
     for task, model in product(a.tasks, a.models):
         run = {**described(a, task, model), "seed": 0}
-        rows = find(found, **run)
-        if not find(rows, rate=rate) and not any(row["accuracy"]["1"] >= SOLVED for row in rows):
+        rows = find(found, **described(a, task, model))
+        solved = any(all(row["accuracy"]["1"] >= SOLVED for row in find(rows, rate=row["rate"])) for row in rows)
+        if not find(rows, seed=0, rate=rate) and not solved:
             yield {**run, "rate": rate}
 
 
@@ -193,7 +193,7 @@ def missing_seeds(a: Arguments, found: list[dict]) -> Iterator[dict]:
     """The other seeds at each model's best rate."""
     for task, model, seed in product(a.tasks, a.models, range(1, a.seeds)):
         run = described(a, task, model)
-        best = at_best_rate(find(found, **run), lambda row: row["accuracy"]["1"])[0]["rate"]
+        best = at_best_probe_rate(find(found, **run))[0]["rate"]
         run |= {"seed": seed, "rate": best}
         if not find(found, **run):
             yield run
@@ -288,9 +288,12 @@ def run(a: Arguments) -> None:
         return report(found, a)
     for name in a.models:
         make_model(name, 2, a)  # settings that cannot work are refused before anything is trained
-    for rate in a.rates:
-        complete(a, found, list(missing_runs(a, found, rate)))
-    complete(a, found, list(missing_seeds(a, found)))
+    before = -1
+    while len(found) > before:  # a rate that solves the task with the first seed may fail with the others
+        before = len(found)
+        for rate in a.rates:
+            complete(a, found, list(missing_runs(a, found, rate)))
+        complete(a, found, list(missing_seeds(a, found)))
     report(found, a)
 
 

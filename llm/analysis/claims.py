@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llm.analysis.results import at_best_rate, find
+from llm.analysis.results import at_best_probe_rate, find
 from llm.analysis.studies import T_95, Run, mean_and_error
 
 SEEDS = 3
@@ -48,7 +48,7 @@ class Probe:
 
     def result(self, rows: list[dict]) -> Result:
         """By seed; nothing where there are no rows."""
-        runs = at_best_rate(find(rows, model=self.model, task=self.task), lambda run: run["accuracy"]["1"])
+        runs = at_best_probe_rate(find(rows, model=self.model, task=self.task))
         return {run["seed"]: run["accuracy"][str(self.times)] for run in runs}
 
 

@@ -31,23 +31,32 @@ def find(runs: Iterable[Run], **values: Any) -> list[Run]:
 
 def at_best_rate(runs: Iterable[Run], score: Callable[[Run], float]) -> list[Run]:
     """The runs at the learning rate with the highest mean score; empty where there are none. Rates are compared on the
-    seeds that all of them have, since the best rate may have been given more."""
+    seeds that all of them have, since the best rate may have been given more; equal ones on the seeds that each has."""
     rates: dict[float, list[Run]] = {}
     for run in runs:
         rates.setdefault(run["rate"], []).append(run)
     shared = set.intersection(*({run["seed"] for run in group} for group in rates.values())) if rates else set()
 
-    def judged(group: list[Run]) -> float:
-        return mean(score(run) for run in group if run["seed"] in shared or not shared)
+    def judged(group: list[Run]) -> tuple[float, float]:
+        return mean(score(run) for run in group if run["seed"] in shared or not shared), mean(map(score, group))
 
     return max(rates.values(), key=judged, default=[])
+
+
+SOLVED = 0.99
+"""A probe is solved at this accuracy; above it, rates are equally good."""
+
+
+def at_best_probe_rate(runs: Iterable[Run]) -> list[Run]:
+    """Of runs of train_scripts/probe.py, those at the rate with the best accuracy at the trained length."""
+    return at_best_rate(runs, lambda run: min(run["accuracy"]["1"], SOLVED))
 
 
 def probe_accuracy(runs: Iterable[Run], model: str, task: str, times: str) -> float | None:
     """Of the runs of train_scripts/probe.py: the mean over seeds at `times` the trained length, at the rate that is the
     best at the trained length. None where it was not measured."""
     found = [run for run in runs if (run["model"], run["task"]) == (model, task)]
-    values = [run["accuracy"].get(times) for run in at_best_rate(found, lambda run: run["accuracy"]["1"])]
+    values = [run["accuracy"].get(times) for run in at_best_probe_rate(found)]
     return mean(values) if values and None not in values else None
 
 
