@@ -177,7 +177,7 @@ def report(rows: list[dict], match: str, out: Path) -> None:
     if "baseline" not in models:
         raise ValueError(f"{out} has no run of the baseline with match {match}: train it first (without --report)")
     quantity = "parameters" if match == "parameters" else "training_flops_per_token"
-    exact = {name: seeds for name, seeds in models.items() if "eval_loss_error" not in next(iter(seeds.values()))}
+    exact = {name: seeds for name, seeds in models.items() if not next(iter(seeds.values())).get("eval_loss_error")}
     bounds = {name: seeds for name, seeds in models.items() if name not in exact}
     text = table(exact, models["baseline"], quantity)
     if bounds:
