@@ -21,7 +21,7 @@ from llm.modules.kernels.seen_blocks import FEWEST_QUERIES, mean_scored
 from llm.modules.masks import Mask
 
 QUERIES, KEYS = 64, 32  # in a block
-MOST_IN_VAIN = 1.5  # times the scores that query_blocks.py computes
+MOST_SCORES = 1.5  # times as many as query_blocks.py computes
 
 
 class Batch(NamedTuple):
@@ -42,11 +42,12 @@ def gathering_serves(q: Tensor, mask: Mask, sinks: Tensor | None) -> bool:
         return False
     length = q.shape[2]
     scored = sum(batch.shown.numel() for batch in batches(length, mask)) / length
-    return scored <= MOST_IN_VAIN * mean_scored(length, mask)
+    return scored <= MOST_SCORES * mean_scored(length, mask)
 
 
 def block_sizes(mask: Mask) -> tuple[int, int]:
-    """Queries and keys in a block. A block of queries ends where the mask shows its neighbours other keys."""
+    """Queries and keys in a block. Where neighbouring queries see the same keys, a block consists of whole groups of
+    them."""
     alike = mask.query_block
     queries = QUERIES if alike == 1 else alike * math.ceil(FEWEST_QUERIES / alike)
     return queries, math.gcd(queries, KEYS)

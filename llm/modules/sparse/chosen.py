@@ -1,4 +1,4 @@
-"""Attention to chosen keys: each query has its own list, so T queries cost T x n and not T x T.
+"""Attention to chosen keys: each query has its own list of n keys, so T queries of a long text cost T x n, not T x T.
 
     head_i = sum_{j in list_i} softmax_j(scale q_i . k_j) v_j
 
@@ -6,8 +6,9 @@ Heads that share a key head share its list, and the keys are read once for all o
 elsewhere: NSA (native.py), MoBA (block_mixture.py) and DSA (indexer.py) differ in nothing but their lists. A list holds
 numbers, through which no gradient flows.
 
-A key that is read for one query alone is copied, which takes as long as dozens of scores. So for few keys a fused
-kernel computes all scores and hides those of the others. Blog: Attention, learned sparse attention.
+Copying a key for one query takes as long as computing dozens of scores. So where the text is short beside the lists, a
+fused kernel computes the scores of all keys and a mask hides the keys that were not chosen. Blog: Attention, learned
+sparse attention.
 """
 
 import torch
@@ -49,8 +50,9 @@ def attend_to_copies(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tens
 
 
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tensor, scale: float) -> Tensor:
-    """The same, with a mask for all keys. What is not shown is marked in an extra column."""
+    """The same result from the scores of all S keys, under a mask that shows the chosen ones."""
     any_shown, n_keys = shown.any(-1, keepdim=True), k.shape[2]
+    # what is not shown is marked in an extra column, which is cut off
     marks = shown.new_zeros(*shown.shape[:3], n_keys + 1).scatter_(3, index.where(shown, n_keys), True)[..., :-1]
     mask = marks | ~any_shown  # a softmax over no keys is undefined
     k, v, mask = (x.flatten(0, 1)[:, None] for x in (k, v, mask))  # one key head for the R heads that share it
