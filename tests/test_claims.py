@@ -87,6 +87,22 @@ def test_the_committed_page_is_what_the_committed_rows_give(tmp_path, monkeypatc
     assert (tmp_path / "claims.md").read_text("utf-8") == (ROOT / "docs" / "claims.md").read_text("utf-8")
 
 
+def test_probes_that_a_claim_compares_are_trained_with_three_seeds(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "train_scripts")
+    claims, filled = script("claims"), []
+    monkeypatch.setattr(claims, "CLAIMS", [ACCURACY, Claim("c", "d", Probe("rope", "copy", 4), Probe("lstm", "copy"))])
+    monkeypatch.setattr(claims.probe, "fill", filled.append)
+    claims.main(["--results", str(tmp_path), "--out", str(tmp_path / "claims.md")])
+    assert [(a.tasks, a.models, a.seeds) for a in filled] == [
+        (("copy",), ("rope", "lstm"), 3),
+        (("recall",), ("rope", "retnet"), 3),
+    ]
+    assert {a.out for a in filled} == {tmp_path / "probes.jsonl"}
+    filled.clear()
+    claims.main(["--report", "--results", str(tmp_path), "--out", str(tmp_path / "claims.md")])
+    assert not filled
+
+
 RESULTS = ROOT / "docs" / "results"
 
 

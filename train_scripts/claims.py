@@ -1,11 +1,11 @@
 """Try the papers' claims again: train what each compares, and write docs/claims.md from the results.
 
-    python train_scripts/claims.py                # the training runs that are missing, then the page
+    python train_scripts/claims.py                # the runs that are missing, then the page
     python train_scripts/claims.py --report       # the page, from the rows that are there
     python train_scripts/claims.py --quick        # ten minutes: two claims with a quarter of the tokens, no page
 
-Only the runs with settings of their own are trained here. The other claims are judged by the rows of `ladder.py --small
---match flops`, probe.py and extend_context.py. The claims: llm/analysis/claims.py.
+Runs with settings of their own are trained here, and three seeds of each probe that a claim compares. The other claims
+are judged by the rows of `ladder.py --small --match flops` and extend_context.py. The claims: llm/analysis/claims.py.
 """
 
 import sys
@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ladder
+import probe
 import tyro
 
-from llm.analysis.claims import CLAIMS, Arm, Best, Claim, Probe, Reach, Result, Side, judge
+from llm.analysis.claims import CLAIMS, SEEDS, Arm, Best, Claim, Probe, Reach, Result, Side, judge
 from llm.analysis.results import at_best_rate, find, read_runs
 from llm.analysis.studies import Run, Study, complete
 from llm.console import console
@@ -37,12 +38,19 @@ class Arguments:
     quick: bool = False
     """The first two claims, with a quarter of the tokens and rows of their own."""
     report: bool = False
-    """Train nothing."""
+    """Train nothing; write the page from the rows that are there."""
 
 
 def runs_of(side: Side) -> list[Run]:
     """The training runs of a side of a claim: none where other scripts find its evidence."""
     return side.runs(ladder.RATE, {"initialization": ladder.INITIALIZATION}) if isinstance(side, Arm) else []
+
+
+def probed(claims: list[Claim]) -> dict[str, tuple[str, ...]]:
+    """The models whose accuracy is compared, by task."""
+    sides = [side for claim in claims for side in (claim.first, claim.second) if isinstance(side, Probe)]
+    tasks = {side.task for side in sides}
+    return {task: tuple(dict.fromkeys(side.model for side in sides if side.task == task)) for task in sorted(tasks)}
 
 
 def result(side: Side, claim: Claim, study: Study, rows: dict[str, list[dict]]) -> Result:
@@ -97,7 +105,7 @@ for accuracies (higher is better). "Holds" and "does not hold here" need a diffe
 
 Training runs: {tokens:,} tokens of stories at the ladder's size and the baseline's FLOPs, initialisation {init}.
 A model alone is the ladder's, at its best rate; one with settings has the rate {rate:g}, or as many times it as is
-said. Probes: `python train_scripts/probe.py --seeds 3`. Long texts: `python train_scripts/extend_context.py`. The
+said. Probes have the best of their rates. Long texts: `python train_scripts/extend_context.py`. The
 [experiments](experiments.md) say more.
 
 """
@@ -114,6 +122,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not a.report:
             runs = {str(run): run for claim in claims for side in (claim.first, claim.second) for run in runs_of(side)}
             complete(study, list(runs.values()), a.processes)
+            for task, models in probed(claims).items():
+                told = dict(models=models, tasks=(task,), seeds=SEEDS, processes=a.processes)
+                probe.fill(probe.Arguments(**told, out=a.results / "probes.jsonl"))
         rows = {name: read_runs(a.results / f"{name}.jsonl") for name in ("probes", "context")}
         text = page(claims, study, {"ladder": read_runs(study.rows), **rows})
     except (FileNotFoundError, ValueError) as error:

@@ -283,18 +283,21 @@ def run(a: Arguments) -> None:
     if a.out.is_dir():
         raise ValueError(f"{a.out} is a folder: name a file for the runs (--out {a.out / 'probes.jsonl'})")
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    found = read_runs(a.out)
-    if a.report:
-        return report(found, a)
+    if not a.report:
+        fill(a)
+    report(read_runs(a.out), a)
+
+
+def fill(a: Arguments) -> None:
+    """Train what is missing. Raises ValueError for settings that cannot work, before anything is trained."""
     for name in a.models:
-        make_model(name, 2, a)  # settings that cannot work are refused before anything is trained
-    before = -1
+        make_model(name, 2, a)
+    found, before = read_runs(a.out), -1
     while len(found) > before:  # a rate that solves the task with the first seed may fail with the others
         before = len(found)
         for rate in a.rates:
             complete(a, found, list(missing_runs(a, found, rate)))
         complete(a, found, list(missing_seeds(a, found)))
-    report(found, a)
 
 
 if __name__ == "__main__":
