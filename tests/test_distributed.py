@@ -86,14 +86,14 @@ def one(data, tmp_path_factory):
 
 def write_down_windows(patch, file: Path) -> None:
     """Append a line of JSON for each step: [[place in the global batch, tokens], ..]."""
-    real = loop.compute_gradient
+    real = loop.with_noise
 
-    def noted(objective, micro_batches, place, machine):
+    def noted(model, micro_batches, n_windows, place):
         with open(file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps([[index, tokens.tolist()] for index, tokens in micro_batches]) + "\n")
-        return real(objective, micro_batches, place, machine)
+        return real(model, micro_batches, n_windows, place)
 
-    patch.setattr(loop, "compute_gradient", noted)
+    patch.setattr(loop, "with_noise", noted)
 
 
 def steps_of(file: Path) -> list[list]:
@@ -158,7 +158,8 @@ def test_experts_and_their_balance_are_those_of_one_rank(data, tmp_path):
 
 
 def test_a_diffusion_model_hides_the_same_on_two_ranks_and_after_a_stop(data, tmp_path, monkeypatch):
-    """What a bound draws depends on the seed, the step and the window: not on ranks, and not on a resumed run."""
+    """What a bound draws depends on the seed, the step and the window's place in it: not on ranks, and not on a
+    resumed run."""
 
     def run(out):
         script("train_block_diffusion").main(flags(MIXTURE | {"--eval-every": 5, "--data": data, "--out": out}))

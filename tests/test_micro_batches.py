@@ -1,14 +1,14 @@
 """One step of 16 windows has one gradient, in however many micro-batches and on however many ranks it is computed."""
 
 import torch
-from conftest import CAUSAL, VOCABULARY, tiny_model
+from conftest import VOCABULARY, tiny_model
 from test_distributed import on_two_ranks
 
 from llm.config import TrainConfig
 from llm.models import MODELS
 from llm.training.device import Machine
 from llm.training.distributed import Ranks, join_ranks, leave_ranks
-from llm.training.gradient import compute_gradient, make_objective
+from llm.training.gradient import compute_gradient, make_objective, with_noise
 
 WINDOWS, LENGTH = 16, 16
 MACHINE = Machine(torch.device("cpu"), bf16=False, compile=False)
@@ -23,7 +23,7 @@ def gradient(name: str, micro_batch_size: int, ranks: Ranks = ALONE) -> dict[str
     tokens = torch.randint(VOCABULARY, (WINDOWS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     batches = list(enumerate(tokens.split(micro_batch_size)))[ranks.rank :: ranks.world_size]
     objective = make_objective(model, TrainConfig(), MACHINE, ranks)
-    compute_gradient(objective, batches, (0, 1), MACHINE)
+    compute_gradient(objective, with_noise(model, batches, WINDOWS, (0, 1)), (0, 1), MACHINE)
     model.after_step()
     loads = {key: torch.tensor(value) for key, value in model.metrics().items() if key.startswith("expert_load")}
     return loads | {key: parameter.grad for key, parameter in model.named_parameters()}
@@ -36,7 +36,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batch_size():
-    apart = {name: difference(gradient(name, WINDOWS), gradient(name, 1)) for name in CAUSAL}
+    apart = {name: difference(gradient(name, WINDOWS), gradient(name, 1)) for name in MODELS}
     assert {name: value for name, value in apart.items() if value > 1e-6} == {}
 
 
@@ -51,6 +51,5 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path):
     apart = {}
     for name in MODELS:
         first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
-        size = WINDOWS if name in CAUSAL else 2  # what a denoiser hides is drawn for each micro-batch
-        apart[name] = max(difference(gradient(name, size), first), difference(first, second))
+        apart[name] = max(difference(gradient(name, WINDOWS), first), difference(first, second))
     assert {name: value for name, value in apart.items() if value > 1e-6} == {}

@@ -19,7 +19,7 @@ from llm.models import MODELS
 from llm.training.checkpoint import find_checkpoints, load_training_state
 from llm.training.device import Machine
 from llm.training.distributed import Ranks, join_ranks, leave_ranks
-from llm.training.gradient import compute_gradient, make_objective
+from llm.training.gradient import compute_gradient, make_objective, with_noise
 from llm.training.optim import make_optimizer
 from llm.training.run_directory import RunDirectory
 from llm.training.sharding import gathered, is_part, place, whole, whole_outside_blocks
@@ -53,7 +53,8 @@ def trained(name: str, config: TrainConfig, ranks: Ranks = ALONE) -> dict:
     for step in range(STEPS):
         tokens = torch.randint(VOCABULARY, (WINDOWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
         batches = list(enumerate(tokens.split(1)))[ranks.rank :: ranks.world_size]
-        parts = compute_gradient(objective, batches, (0, step), machine)
+        inputs = with_noise(model, batches, WINDOWS, (0, step))
+        parts = compute_gradient(objective, inputs, (0, step), machine)
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
         found += [norm, *(ranks.average(part) for part in parts.values())]
         optimizer.step()

@@ -54,12 +54,17 @@ class Denoiser(Transformer):
         """(B, T, D), so that each vector predicts the token in its own place."""
         return x
 
-    def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def noise(self, n_windows: int, length: int, generator: torch.Generator) -> tuple[Tensor]:
+        """What is hidden, as weights (n_windows, length) of llm/modules/diffusion/hiding.py."""
+        return (hide(torch.empty(n_windows, length), self.group_size(length), generator),)
+
+    def loss(self, tokens: Tensor, weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Windows (B, T + 1), whose last T tokens are the text -> the loss and its parts. `ce` estimates a bound on the
-        nats for each token; random numbers from torch's generator decide what is hidden."""
+        nats for each token. `weight` (B, T) is `noise`; where it is not given, torch's global generator decides."""
         clean = tokens[:, 1:]
-        hidden, weight = hide(clean, self.group_size(clean.shape[1]))
-        x = self.norm(self.denoise(clean.masked_fill(hidden, self.mask_token), clean))
+        if weight is None:
+            weight = hide(clean, self.group_size(clean.shape[1]))
+        x = self.norm(self.denoise(clean.masked_fill(weight > 0, self.mask_token), clean))
         ce = linear_cross_entropy(x.flatten(0, 1), self.head_weight(), clean.flatten(), weight.flatten())
         return self.with_aux(ce, self.pop_losses())
 

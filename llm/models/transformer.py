@@ -98,6 +98,11 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         return self.unembed(self.hidden(tokens, cache))
 
+    def noise(self, n_windows: int, length: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """What is random in the loss of windows (n_windows, length + 1): more inputs of `loss`, a row for each window.
+        Here there are none. Modules that draw random numbers themselves do so anew for each micro-batch."""
+        return ()
+
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Windows (B, T + 1) -> the mean loss to minimise and its parts: `ce`, the cross-entropy in nats per token, and
         `aux`, the sum of the auxiliary losses (0 if there are none)."""

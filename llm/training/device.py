@@ -156,8 +156,8 @@ def multiplies_bf16(device: torch.device) -> bool:
     return False
 
 
-def compile_loss(loss: Callable, tokens: Tensor) -> tuple[Callable, tuple[Tensor, dict[str, Tensor]]]:
-    """The compiled loss, and its result for `tokens`.
+def compile_loss(loss: Callable, *inputs: Tensor) -> tuple[Callable, tuple[Tensor, dict[str, Tensor]]]:
+    """The compiled loss, and its result for `inputs`.
 
     torch compiles the backward pass when it is first needed. Here it is compiled together with the forward pass, so
     that an error of the compiler appears here and can be handled.
@@ -166,7 +166,7 @@ def compile_loss(loss: Callable, tokens: Tensor) -> tuple[Callable, tuple[Tensor
 
     compiled = torch.compile(loss)
     with config.patch(force_non_lazy_backward_lowering=True):
-        return compiled, compiled(tokens)
+        return compiled, compiled(*inputs)
 
 
 def keep_freed_memory(device: torch.device) -> bool:

@@ -46,7 +46,8 @@ def evaluate(
     """eval_loss (nats per token), eval_perplexity and eval_bits_per_byte. Each rank computes its share of the windows.
 
     torch is seeded before every batch, so a loss that draws random numbers draws the same ones in each evaluation. A
-    bound also has eval_draws and the standard errors eval_loss_error and eval_bits_per_byte_error.
+    bound also has eval_draws and the standard errors eval_loss_error and eval_bits_per_byte_error; another micro-batch
+    size draws other numbers, so the bound differs by as much.
     """
     was_training = model.training
     model.eval()

@@ -54,15 +54,15 @@ class Objective(nn.Module):
         self.model, self.loss = model, model.loss
         self.to_compile, self.insist = compiles, insist
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.to_compile:
-            return self.loss(tokens)
+            return self.loss(*inputs)
         self.to_compile = False
-        return try_compiled(lambda: self.compiled(tokens), lambda: self.loss(tokens), self.insist)
+        return try_compiled(lambda: self.compiled(*inputs), lambda: self.loss(*inputs), self.insist)
 
-    def compiled(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def compiled(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compile the loss for this and all later calls."""
-        self.loss, result = compile_loss(self.model.loss, tokens)
+        self.loss, result = compile_loss(self.model.loss, *inputs)
         return result
 
 
@@ -88,26 +88,42 @@ def make_objective(model: Transformer, config: TrainConfig, machine: Machine, ra
     return DistributedDataParallel(objective) if ranks.world_size > 1 and not config.shard else objective
 
 
+def with_noise(
+    model: Transformer, micro_batches: list[tuple[int, Tensor]], n_windows: int, place: tuple[int, int]
+) -> list[tuple[int, tuple[Tensor, ...]]]:
+    """(index in the global batch, windows) -> (index, inputs of the loss), where `place` is (seed, step).
+
+    What is random is drawn for all `n_windows` windows of the step on every rank, and each micro-batch takes its part.
+    So it depends neither on the size of the micro-batches nor on the number of ranks.
+    """
+    length = micro_batches[0][1].shape[1] - 1
+    drawn = model.noise(n_windows, length, torch.Generator().manual_seed(draw_seed(*place)))
+    return [
+        (index, (tokens, *(noise[index * len(tokens) :][: len(tokens)].to(tokens.device) for noise in drawn)))
+        for index, tokens in micro_batches
+    ]
+
+
 def compute_gradient(
     objective: nn.Module,
-    micro_batches: list[tuple[int, Tensor]],
+    micro_batches: list[tuple[int, tuple[Tensor, ...]]],
     place: tuple[int, int],
     machine: Machine,
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean loss to the parameters; returns the mean of each part of the loss on this rank.
 
-    `micro_batches` are (index in the global batch, windows). `place` is (seed, step). Both together seed the random
-    numbers of a micro-batch, so they do not depend on the rank that computes it. Ranks exchange gradients once, with
-    the last micro-batch; those of a sharded model with each.
+    `micro_batches` are (index in the global batch, inputs of the objective). With `place`, which is (seed, step), the
+    index seeds torch for a module that draws random numbers itself. Ranks exchange gradients once, with the last
+    micro-batch; those of a sharded model with each.
     """
     share = 1 / len(micro_batches)
     means = {}
-    for number, (index, tokens) in enumerate(micro_batches, 1):
+    for number, (index, inputs) in enumerate(micro_batches, 1):
         torch.manual_seed(draw_seed(*place, index))
         more_to_come = number < len(micro_batches) and isinstance(objective, DistributedDataParallel)
         with objective.no_sync() if more_to_come else contextlib.nullcontext():
             with machine.autocast():
-                loss, parts = objective(tokens)
+                loss, parts = objective(*inputs)
             (loss * share).backward()
         means = {name: means.get(name, 0) + part * share for name, part in parts.items()}
     return means

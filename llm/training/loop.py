@@ -22,7 +22,7 @@ from llm.training.checkpoint import find_checkpoints
 from llm.training.device import find_machine, keep_freed_memory
 from llm.training.distributed import Ranks
 from llm.training.evaluate import EvalSet, evaluate
-from llm.training.gradient import compute_gradient, make_objective, share_out
+from llm.training.gradient import compute_gradient, make_objective, share_out, with_noise
 from llm.training.journal import Journal
 from llm.training.optim import learning_rate, make_optimizer
 from llm.training.resume import find_checkpoint, go_on_from, run_record
@@ -138,7 +138,9 @@ class Training:
         and whether to stop, averaged over ranks. They are read together, since each read waits for the device."""
         step = self.progress.step + 1
         lr = learning_rate(step, self.config)
-        parts = compute_gradient(self.objective, micro_batches, (self.config.seed, step), self.machine)
+        place = self.config.seed, step
+        inputs = with_noise(self.model, micro_batches, self.windows, place)
+        parts = compute_gradient(self.objective, inputs, place, self.machine)
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
         values = torch.stack([norm, norm.new_tensor(float(stop.signal != 0)), *parts.values()])
         report = dict(zip(["grad_norm", "stop", *parts], self.ranks.average(values).tolist(), strict=True))

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def hide(like: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Which tokens to hide in a batch of texts with the shape and device of `like` (B, T), and their weights, both
-    (B, T).
+def hide(like: Tensor, group_size: int, generator: torch.Generator | None = None) -> Tensor:
+    """Weights for texts with the shape and device of `like` (B, T): 1 / t in the tokens to hide, 0 elsewhere.
 
-    Each group of `group_size` consecutive tokens is a text of its own in the bound. The weights are 1 / t in hidden
-    tokens and 0 elsewhere, so the mean over all tokens of weight times cross-entropy is the bound for each token.
-    Random numbers come from torch's global generator. Raises ValueError where a text is no whole number of groups.
+    Each group of `group_size` consecutive tokens is a text of its own in the bound. The mean over all tokens of weight
+    times cross-entropy is the bound for each token. Random numbers come from torch's global generator where none is
+    given. Raises ValueError where a text is no whole number of groups.
     """
     n_groups, rest = divmod(like.shape[1], group_size)
     if rest:
@@ -34,16 +33,18 @@ def hide(like: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
             f"a text of {like.shape[1]} tokens is no whole number of blocks of {group_size}: choose a divisor "
             "(--model.block-size)"
         )
-    k = hidden_counts(len(like) * n_groups, group_size, like.device)[:, None]
-    place = torch.rand(len(k), group_size, device=like.device).argsort(-1).argsort(-1)  # a random order of each group
-    hidden = place < k
-    return hidden.view(like.shape), (hidden * group_size / k).view(like.shape)
+    k = hidden_counts(len(like) * n_groups, group_size, like.device, generator)[:, None]
+    order = torch.rand(len(k), group_size, device=like.device, generator=generator)
+    place = order.argsort(-1).argsort(-1)  # in a random order of each group
+    return ((place < k) * group_size / k).view(like.shape)
 
 
-def hidden_counts(n_groups: int, group_size: int, device: torch.device | None = None) -> Tensor:
+def hidden_counts(
+    n_groups: int, group_size: int, device: torch.device | None = None, generator: torch.Generator | None = None
+) -> Tensor:
     """How many tokens to hide in each group: int64 (n_groups,), each uniform on 1..group_size, all evenly spread."""
     even = torch.arange(n_groups, device=device) / n_groups
-    u = (torch.rand((), device=device) + even) % 1  # one random shift for all: low discrepancy
+    u = (torch.rand((), device=device, generator=generator) + even) % 1  # one random shift for all: low discrepancy
     return (u * group_size).long().clamp(max=group_size - 1) + 1
 
 
