@@ -9,9 +9,10 @@ from conftest import redraw, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
+from llm.models import MODELS
 from llm.modules.cache import Cache
 from llm.modules.initialization import SCHEMES, initialize
-from llm.modules.kernels import chunks, fla, scan
+from llm.modules.kernels import chunks, fla, recurrence, scan
 from llm.modules.kernels.recurrence import delta_rule, linear_attention, low_rank
 from llm.modules.position_encoding.rope import RoPE
 from llm.modules.recurrent import core
@@ -405,20 +406,54 @@ def test_a_kernel_is_believed_where_it_agrees_and_the_report_says_why_not(kind, 
 
     _, name = fla.KERNELS[kind, per_channel]
     monkeypatch.setattr(fla.importlib, "import_module", lambda path: SimpleNamespace(**{name: stand_in}))
-    assert fla.largest_difference(kind, per_channel, fla.adapted(kind, per_channel), cpu, torch.float32) < 1e-5
+    fla.disbelief.cache_clear()
+    assert fla.disbelief(kind, per_channel, cpu, torch.float32, (64, 32)) is None
+    forms = dict(forms)
 
-    def wrong(*inputs):
-        o, state = forms[kind](*inputs)
+    def wrong_state(*inputs):
+        o, state = chunked(*inputs)
         return o, state.mT
 
-    assert fla.largest_difference(kind, per_channel, wrong, cpu, torch.float32) > 0.1
+    def wrong_gradient(q, k, *inputs):
+        return chunked(q, k.detach() + 0 * k, *inputs)
+
+    def broken(*inputs):
+        raise RuntimeError("no such instruction")
+
+    chunked = forms[kind]
+    for form, reason in ((wrong_state, "wrong by"), (wrong_gradient, "wrong by"), (broken, "no such instruction")):
+        fla.disbelief.cache_clear()
+        forms[kind] = form
+        with pytest.warns(UserWarning, match=f"{kind}.*64, 64.*{reason}.*computed in chunks"):
+            assert reason in fla.disbelief(kind, per_channel, cpu, torch.float32, (64, 64))
+    fla.disbelief.cache_clear()
 
 
 @pytest.mark.parametrize(
     "name, kinds",
-    [("baseline", ()), ("lfm2", ()), ("mamba2", ("linear_attention",)), ("hybrid", ("delta_rule",))],
+    [
+        ("baseline", ""),
+        ("lfm2", ""),
+        ("mamba2", "linear_attention (decay by head): chunks, no CUDA device"),
+        ("kimi_linear", "delta_rule (decay by channel): chunks, no CUDA device"),
+        ("rwkv7", "low_rank (decay by channel): chunks, for which no kernel is called here"),
+        ("jamba", "selective_scan (decay by channel): a loop over tokens, for which no kernel is called here"),
+    ],
 )
 def test_a_run_says_which_of_its_recurrences_have_a_kernel_and_why_not(name, kinds):
-    report = fla.kernel_report(tiny_model(name), torch.device("cpu"))
-    assert [part.split()[0] for part in report.split("; ") if part] == [kind for kind in kinds for _ in range(2)]
-    assert report.count("chunks, no CUDA device") == 2 * len(kinds)
+    assert fla.kernel_report(tiny_model(name), torch.device("cpu")) == kinds
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if fla.kernel_report(tiny_model(name), torch.device("cpu"))])
+def test_the_report_names_the_recurrences_that_are_computed(name, monkeypatch):
+    computed = set()
+
+    def noted(kind, inputs, log_decay):
+        computed.add((kind, log_decay.shape[-1] > 1))
+
+    monkeypatch.setattr(recurrence, "fla_kernel", noted)
+    model = tiny_model(name)
+    model(torch.zeros(1, 3, dtype=torch.int64))
+    report = fla.kernel_report(model, torch.device("cpu"))
+    named = {(part.split()[0], "channel" in part.split(":")[0]) for part in report.split("; ")}
+    assert computed == {(kind, per_channel) for kind, per_channel in named if not kind.endswith("scan")}
