@@ -250,3 +250,37 @@ def test_masks_that_show_much_are_computed_twice_rather_than_kept(monkeypatch):
         attend(q, k, v, whole(3000), mask)
     assert used == ["gathered", "kept", "twice", "twice"]
     assert recomputed.Recomputed is Recomputed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": masks.Window(50)},
+        {"soft_cap": 5.0},
+        {"bias": t5(2)},
+        {"mask": masks.Window(50), "sinks": torch.zeros(2, dtype=torch.float64, requires_grad=True)},
+    ],
+    ids=["window", "cap", "t5", "sinks"],
+)
+def test_a_compiled_long_text_holds_no_square_either_and_has_the_same_gradient(options):
+    """In the pieces that torch.compile is given, no tensor has T x T numbers."""
+    squares = []
+
+    def backend(graph, inputs):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        squares.extend(x for x in values if isinstance(x, torch.Tensor) and x.shape[-2:] == (LENGTH, LENGTH))
+        return graph
+
+    mask = options.get("mask", masks.causal)
+    options = {name: value for name, value in options.items() if name != "mask"}
+
+    def heads(q, k, v):
+        return attend(2 * q, k, v, whole(LENGTH), mask, **options).sum()
+
+    torch.compiler.reset()
+    found = []
+    for function in (heads, torch.compile(heads, backend=backend)):
+        q, k, v = random_qkv(n_heads=2, n_kv_heads=2, queries=LENGTH, keys=LENGTH)
+        found.append([total := function(q, k, v), *torch.autograd.grad(total, (q, k, v))])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-10)
+    assert not squares

@@ -17,7 +17,8 @@ is taken:
 | cache, <= 64 queries | any    | any         | any                            | `few_queries_attention`             |
 | any                  | any    | any         | any                            | `fused_attention`, mask written out |
 
-"Long" is decided by `is_long`. None of the implementations for one long text holds T x T numbers.
+"Long" is decided by `is_long`. None of the implementations for one long text holds T x T numbers. Those that compute
+blocks of queries stay outside an enclosing torch.compile.
 
 A bias is a function (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S). A kernel may call it for
 a part of the positions. If the bias has weights, its method `parameters` gives them, as that of a module does. If it is
@@ -103,9 +104,22 @@ def attend_to_text(
         added = written(bias, places)
         if flex_serves(q, k, added, sinks):
             return flex_attention(q, k, v, mask, scale, soft_cap, added, sinks)
-    if not long:
-        return None
-    dtype = v.dtype
+    return attend_to_long_text(q, k, v, mask, bias, scale, soft_cap, sinks) if long else None
+
+
+@torch.compiler.disable  # compiled, its blocks would be as many copies of one piece of code
+def attend_to_long_text(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    bias: Bias | None,
+    scale: float | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The implementations that compute a block of queries at a time."""
+    plain, dtype = bias is None and soft_cap is None, v.dtype
     q, k, v = without_slow_bf16(q, k, v)
     n, inner = mask.by_remainder()
     if n > 1 and plain:

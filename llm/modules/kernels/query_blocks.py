@@ -24,9 +24,8 @@ FEW_KEYS = 1024  # scores that a query may have on average where the text is lon
 
 
 def is_long(q: Tensor, mask: Mask) -> bool:
-    """Whether a mask that is written out would waste time and memory. Compiled, the blocks of a long text would be as
-    many copies of one piece of code."""
-    return mask.looks_back and q.shape[2] > LONGEST and not torch.compiler.is_compiling()
+    """Whether a mask that is written out would waste time and memory."""
+    return mask.looks_back and q.shape[2] > LONGEST
 
 
 def blocks_serve(q: Tensor, mask: Mask, biased: bool = False) -> bool:
