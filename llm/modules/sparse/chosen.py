@@ -25,19 +25,23 @@ def attend_to_chosen(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tens
     """q (B, H, T, D), k and v (B, S, H_kv, D), index and shown (B, H_kv, T, n) -> (B, H, T, D_v).
 
     Query t of the heads that share key head g attends to the keys index[b, g, t] where shown[b, g, t] says so. A list
-    has no key twice. A query that is shown none gets zeros.
+    has no key twice. A query that is shown none gets zeros. As many queries as keys are one text, and its query t must
+    not be shown a key after t.
     """
     q = q.unflatten(1, (k.shape[2], -1))  # (B, H_kv, heads that share, T, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     n_scores, n_copies = q.shape[2] * k.shape[2], index.shape[3]
     attend = attend_to_all if n_scores <= SCORES_OF_A_COPY * n_copies else attend_to_copies
+    skip_later = attend is attend_to_all and q.shape[3] == k.shape[2]
     keep = q.shape[3] <= QUERIES or not torch.is_grad_enabled()
-    heads = [
-        attend(q_i, k, v, i, s, scale)
-        if keep
-        else checkpoint(attend, q_i, k, v, i, s, scale, use_reentrant=False, preserve_rng_state=False)
-        for q_i, i, s in zip(q.split(QUERIES, 3), index.split(QUERIES, 2), shown.split(QUERIES, 2), strict=True)
-    ]
+    heads = []
+    parts = zip(q.split(QUERIES, 3), index.split(QUERIES, 2), shown.split(QUERIES, 2), strict=True)
+    for n, (q_i, i, s) in enumerate(parts, 1):
+        end = n * QUERIES if skip_later else None
+        inputs = q_i, k[:, :, :end], v[:, :, :end], i, s, scale
+        heads.append(
+            attend(*inputs) if keep else checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+        )
     return torch.cat(heads, 3).flatten(1, 2)
 
 
