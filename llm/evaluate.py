@@ -8,12 +8,17 @@
 A text is cut into stories at <|endoftext|>, and the tokenizer begins each as it begins a document. Windows run over all
 stories one after the other, without overlap, and a last incomplete one is left out. Stories alone are cut where they
 are longer than the context. The first token of a window or story is not predicted. Special tokens count no bytes.
+
+A diffusion model has no such number, only a bound on it, which is a mean over random draws: the text is evaluated again
+with other draws until the standard error of the mean is small, as in training (llm/training/evaluate.py). A model that
+writes whole blocks predicts whole blocks: the rest of a text shorter than the context is left out.
 """
 
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -27,9 +32,11 @@ from llm.console import console
 from llm.data.stories import END_OF_TEXT, wide_encoding
 from llm.generate.load import load_run
 from llm.generate.text import end_of_text
+from llm.models.denoiser import Denoiser
 from llm.models.transformer import Transformer
 from llm.training.checkpoint import CheckpointError
 from llm.training.device import find_device
+from llm.training.evaluate import MAX_ERROR, MOST_DRAWS, draw_seed
 
 
 @dataclass(frozen=True)
@@ -56,18 +63,27 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Result:
-    """What was predicted: tokens, the bytes of their text, and the nats that they cost in all."""
+    """What was predicted: tokens, the bytes of their text, and the nats that they cost in all. Where there is an
+    `error`, the nats are a bound, and that is its standard error."""
 
     n_tokens: int
     n_bytes: int
     nats: float
+    error: float | None = None
 
     def __str__(self) -> str:
         loss = self.nats / self.n_tokens
-        bits = f"{self.nats / math.log(2) / self.n_bytes:.4f}" if self.n_bytes else "undefined"
+        perplexity = f"{math.exp(min(loss, 700)):.4f}"
+        bits, bits_error = (
+            f"{nats / math.log(2) / self.n_bytes:.4f}" if self.n_bytes else "undefined"
+            for nats in (self.nats, self.error or 0.0)
+        )
+        size = f"{self.n_tokens:,} tokens, {self.n_bytes:,} bytes"
+        if self.error is None:
+            return f"{size}: {loss:.6f} nats per token, perplexity {perplexity}, {bits} bits per byte"
         return (
-            f"{self.n_tokens:,} tokens, {self.n_bytes:,} bytes: {loss:.6f} nats per token, perplexity "
-            f"{math.exp(min(loss, 700)):.4f}, {bits} bits per byte"
+            f"{size}: at most {loss:.6f} ± {self.error / self.n_tokens:.6f} nats per token, perplexity at most "
+            f"{perplexity}, at most {bits} ± {bits_error} bits per byte (a bound and its standard error)"
         )
 
 
@@ -125,15 +141,51 @@ def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
+def whole_blocks(model: Denoiser, windows: list[list[int]], per: str) -> list[list[int]]:
+    """The windows, a single short one without the block that it does not fill. Raises ValueError where nothing is left,
+    and for stories that are no whole number of blocks."""
+    rests = [(len(window) - 1) % model.group_size(len(window) - 1) for window in windows]
+    if not any(rests):
+        return windows
+    size = model.group_size(len(windows[0]) - 1)
+    if per == "stories":
+        raise ValueError(
+            f"{sum(map(bool, rests))} of {len(windows)} stories, or their last parts, are no whole number of blocks of "
+            f"{size} tokens, which this model predicts together: take --per windows"
+        )
+    ((window,), (rest,)) = windows, rests
+    if len(window) - 1 < size:
+        raise ValueError(
+            f"the text has {len(window) - 1} tokens to predict, and this model predicts blocks of {size} together: "
+            "give a longer text (--text)"
+        )
+    return [window[: len(window) - rest]]
+
+
 @torch.inference_mode()
 def evaluate_text(
     model: Transformer, tokenizer: Tokenizer, stories: list[str], per: str = "windows", batch_size: int = 8
 ) -> Result:
-    """Nats of a text under a model, with a progress bar on the standard error."""
+    """Nats of a text under a model, or a bound on them where it is not causal, with a progress bar on the standard
+    error. Raises ValueError for a text that cannot be evaluated."""
     documents = encode(tokenizer, stories, per)
     windows = sorted(cut(documents, model.config.max_seq_len, per), key=len, reverse=True)
     if not windows:
         raise ValueError("the text has fewer than two tokens: nothing is predicted (--text)")
+    if not model.causal:
+        windows = whole_blocks(model, windows, per)
+    nats, error = (exact_nats if model.causal else bound)(model, windows, batch_size)
+    n_tokens = sum(len(window) - 1 for window in windows)
+    if per == "stories":
+        firsts = sum(len(decoded(tokenizer, ids[:1]).encode()) for ids in documents if len(ids) > 1)
+        text = sum(len(story.encode()) for story, ids in zip(stories, documents, strict=True) if len(ids) > 1)
+        return Result(n_tokens, text - firsts, nats, error)
+    first = len(decoded(tokenizer, documents[0][:1]).encode())
+    return Result(n_tokens, count_bytes(tokenizer, documents, stories, n_tokens + 1) - first, nats, error)
+
+
+def exact_nats(model: Transformer, windows: list[list[int]], batch_size: int) -> tuple[float, None]:
+    """The nats of all targets of windows, the longest first; they have no standard error."""
     nats, device = 0.0, model.tok_embed.weight.device
     for start in tqdm(range(0, len(windows), batch_size), desc="evaluating", file=sys.stderr):
         batch = windows[start : start + batch_size]
@@ -142,13 +194,33 @@ def evaluate_text(
         losses = F.cross_entropy(model(tokens[:, :-1]).float().mT, tokens[:, 1:], reduction="none")  # (B, T)
         predicted = torch.tensor([len(window) - 1 for window in batch], device=device)
         nats += losses[torch.arange(longest - 1, device=device) < predicted[:, None]].double().sum().item()
-    n_tokens = sum(len(window) - 1 for window in windows)
-    if per == "stories":
-        firsts = sum(len(decoded(tokenizer, ids[:1]).encode()) for ids in documents if len(ids) > 1)
-        text = sum(len(story.encode()) for story, ids in zip(stories, documents, strict=True) if len(ids) > 1)
-        return Result(n_tokens, text - firsts, nats)
-    first = len(decoded(tokenizer, documents[0][:1]).encode())
-    return Result(n_tokens, count_bytes(tokenizer, documents, stories, n_tokens + 1) - first, nats)
+    return nats, None
+
+
+def bound(model: Denoiser, windows: list[list[int]], batch_size: int) -> tuple[float, float]:
+    """A bound on the nats of all targets of windows that are sorted by their lengths, and its standard error.
+
+    A batch holds windows of one length, since a token sees the later ones, and would see padding, too. Draws are added
+    until the error is at most MAX_ERROR for each token, or there are MOST_DRAWS.
+    """
+    alike = [list(group) for _, group in groupby(windows, key=len)]
+    batches = [group[i : i + batch_size] for group in alike for i in range(0, len(group), batch_size)]
+    limit = MAX_ERROR * sum(len(window) - 1 for window in windows)
+    fewest = 2 + 8 // len(batches)
+    draws, error = [], math.inf
+    with tqdm(desc="evaluating", total=fewest * len(batches), file=sys.stderr) as bar:
+        while len(draws) < fewest or (error > limit and len(draws) < MOST_DRAWS):
+            bar.total = max(fewest, len(draws) + 1) * len(batches)
+            nats = []
+            for number, batch in enumerate(batches):
+                tokens = torch.tensor(batch, device=model.tok_embed.weight.device)
+                torch.manual_seed(draw_seed(0, number, len(draws)))
+                nats.append(model.loss(tokens)[1]["ce"].item() * tokens[:, 1:].numel())
+                bar.update()
+            draws.append(nats)
+            if len(draws) > 1:
+                error = (torch.tensor(draws, dtype=torch.float64).var(0).sum() / len(draws)).sqrt().item()
+    return torch.tensor(draws, dtype=torch.float64).mean(0).sum().item(), error
 
 
 @console()

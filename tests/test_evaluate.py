@@ -6,15 +6,22 @@ import re
 
 import pytest
 import torch
+from conftest import DENOISERS, tiny_model
+from test_diffusion import log_p_in_order, orders
 from test_gguf import write_gguf
 from tokenizers import Tokenizer
-from training import saved_steps, train_baseline, write_corpus
+from training import MODEL, RUN, command_line, saved_steps, script, train_baseline, write_corpus
 
-from llm.evaluate import evaluate_text
+from llm.data.files import load_tokenizer
+from llm.evaluate import cut, encode, evaluate_text
 from llm.evaluate import main as evaluate
 from llm.generate.load import load_run
 from llm.models.case_studies.llama import Llama
 from llm.pretrained import export_pretrained
+from llm.training.device import Machine
+from llm.training.distributed import Ranks
+from llm.training.evaluate import MAX_ERROR, EvalSet
+from llm.training.evaluate import evaluate as evaluate_in_training
 
 STORIES = ["Once upon a time, there was a café.", "Tim saw a dog. The dog was big and red and it ran to him."]
 
@@ -123,3 +130,86 @@ def test_a_byte_order_mark_is_no_part_of_the_text(places, tmp_path, capsys):
         evaluate([str(places["gguf"]), "--text", str(tmp_path / "text.txt"), "--device", "cpu"])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+
+
+@pytest.fixture(scope="module")
+def words(data):
+    return load_tokenizer(data / "tokenizer-bpe.json")
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """The standard error up to which draws are added: five times as large, for a 25th of the draws."""
+    for module in ("llm.evaluate", "llm.training.evaluate"):
+        monkeypatch.setattr(f"{module}.MAX_ERROR", 5 * MAX_ERROR)
+    return 5 * MAX_ERROR
+
+
+def test_the_command_calls_the_bound_of_a_diffusion_model_one(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    few = ("--steps", 2, "--eval-every", 2, "--save-every", 2)
+    script("train_masked_diffusion").main(command_line(RUN | MODEL | {"--data": data, "--out": out}, *few))
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(STORIES), encoding="utf-8")
+    capsys.readouterr()
+    evaluate([str(out), "--text", str(tmp_path / "text.txt"), "--device", "cpu"])
+    shown = capsys.readouterr()
+    said = re.fullmatch(
+        r"32 tokens, ([\d,]+) bytes: at most ([\d.]+) ± ([\d.]+) nats per token, perplexity at most ([\d.]+), "
+        r"at most ([\d.]+) ± ([\d.]+) bits per byte \(a bound and its standard error\)\n",
+        shown.out,
+    )
+    n_bytes, loss, error, perplexity, bits, bits_error = (float(number.replace(",", "")) for number in said.groups())
+    assert "100%" in shown.err and 0 < error <= MAX_ERROR
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+    assert bits == pytest.approx(loss * 32 / math.log(2) / n_bytes, abs=2e-4)
+    assert bits_error == pytest.approx(error * 32 / math.log(2) / n_bytes, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_the_bound_of_windows_is_that_of_training(words, name, coarse):
+    model, stories = tiny_model(name, vocab_size=300, max_seq_len=16), STORIES * 4
+    found = evaluate_text(model, words, stories, batch_size=3)
+    windows = list(cut(encode(words, stories, "windows"), 16, "windows"))
+    eval_set = EvalSet(torch.tensor(windows), 1)
+    expected = evaluate_in_training(model, eval_set, 4, Machine(torch.device("cpu"), False, False), Ranks())
+    assert found.n_tokens == 16 * len(windows) >= 100
+    error = found.error / found.n_tokens
+    if name == "autoregressive_twin":
+        assert error < 1e-9
+        assert found.nats / found.n_tokens == pytest.approx(expected["eval_loss"], abs=1e-6)
+    else:
+        assert 0 < error <= coarse and 0 < expected["eval_loss_error"] <= coarse
+        both = math.hypot(error, expected["eval_loss_error"])
+        assert found.nats / found.n_tokens == pytest.approx(expected["eval_loss"], abs=4 * both)
+
+
+@pytest.mark.parametrize("name", ["masked_diffusion", "dream", "autoregressive_twin"])
+def test_the_bound_of_stories_is_the_mean_over_all_orders_of_each_alone(words, name, coarse):
+    """Stories of two and of four targets in one evaluation: padding would be seen, and change the value."""
+    model, stories = tiny_model(name, vocab_size=300), ["a", "Tim", "is"]
+    documents = encode(words, stories, "stories")
+    assert len({len(document) for document in documents}) > 1 and max(map(len, documents)) <= 5
+    expected = 0.0
+    with torch.no_grad():
+        for document in documents:
+            text = torch.tensor([document[1:]])
+            by_order = [log_p_in_order(model, text, order) for order in orders(model, text.shape[1])]
+            expected -= torch.stack(by_order).mean().item()
+    result = evaluate_text(model, words, stories, "stories")
+    assert result.n_tokens == sum(len(document) - 1 for document in documents)
+    assert result.error == pytest.approx(0, abs=1e-6) if name == "autoregressive_twin" else result.error > 0
+    assert result.nats == pytest.approx(expected, abs=max(4 * result.error, 1e-5))
+
+
+def test_blocks_are_whole_or_refused_by_name(words, coarse):
+    model = tiny_model("block_diffusion", vocab_size=300, block_size=4)
+    (ids,) = encode(words, [STORIES[0]], "windows")
+    assert (len(ids) - 1) % 4, "choose another story"
+    result = evaluate_text(model, words, [STORIES[0]])
+    whole = (len(ids) - 1) // 4 * 4
+    assert result.n_tokens == whole
+    assert result.n_bytes == len(words.decode(ids[1 : whole + 1]).encode())
+    with pytest.raises(ValueError, match=r"1 of 1 stories.* no whole number of blocks of 4 tokens.*--per windows"):
+        evaluate_text(model, words, [STORIES[0]], "stories")
+    with pytest.raises(ValueError, match=r"1 tokens to predict, .* blocks of 4 together.*\(--text\)"):
+        evaluate_text(model, words, ["a"])
