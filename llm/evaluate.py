@@ -111,6 +111,16 @@ def encode(tokenizer: Tokenizer, stories: list[str], per: str) -> list[list[int]
     return [(end if per == "stories" else []) + story + end for story in ids]
 
 
+def check_tokens(documents: list[list[int]], vocab_size: int) -> None:
+    """Raises ValueError for a token that the model does not have."""
+    largest = max((token for story in documents for token in story), default=0)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the text holds token {largest}, and the embedding of this model ends at {vocab_size - 1}: the tokenizer "
+            "belongs to another model, so take the one that was published or trained with this model"
+        )
+
+
 def cut(documents: list[list[int]], length: int, per: str) -> Iterator[list[int]]:
     """Windows of at most `length` targets and the token before them; two have only that token in common."""
     if per == "stories":
@@ -169,6 +179,7 @@ def evaluate_text(
     """Nats of a text under a model, or a bound on them where it is not causal, with a progress bar on the standard
     error. Raises ValueError for a text that cannot be evaluated."""
     documents = encode(tokenizer, stories, per)
+    check_tokens(documents, model.config.vocab_size)
     windows = sorted(cut(documents, model.config.max_seq_len, per), key=len, reverse=True)
     if not windows:
         raise ValueError("the text has fewer than two tokens: nothing is predicted (--text)")

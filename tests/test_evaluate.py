@@ -32,6 +32,11 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def words(data):
+    return load_tokenizer(data / "tokenizer-bpe.json")
+
+
+@pytest.fixture(scope="module")
 def places(data, tmp_path_factory):
     """The same kinds of things that `llm.generate` reads: a run, a checkpoint, a hub folder and a GGUF file."""
     folder = tmp_path_factory.mktemp("models")
@@ -123,6 +128,15 @@ def test_a_text_that_cannot_be_evaluated_is_named_with_the_flag(places, tmp_path
         evaluate([str(places[kind]), "--text", str(tmp_path / "text.txt"), "--device", "cpu"])
 
 
+@pytest.mark.parametrize("name", ["llama", "masked_diffusion"])
+def test_a_token_that_the_model_does_not_have_is_named(words, name):
+    """The embedding of a diffusion model has one vector more, which is no token of a text either."""
+    largest = max(words.encode(STORIES[0]).ids)
+    model = tiny_model(name, vocab_size=largest)
+    with pytest.raises(ValueError, match=f"holds token {largest}, .* this model ends at {largest - 1}.*take the one"):
+        evaluate_text(model, words, STORIES[:1])
+
+
 def test_a_byte_order_mark_is_no_part_of_the_text(places, tmp_path, capsys):
     said = []
     for mark in (b"", b"\xef\xbb\xbf"):
@@ -130,11 +144,6 @@ def test_a_byte_order_mark_is_no_part_of_the_text(places, tmp_path, capsys):
         evaluate([str(places["gguf"]), "--text", str(tmp_path / "text.txt"), "--device", "cpu"])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
-
-
-@pytest.fixture(scope="module")
-def words(data):
-    return load_tokenizer(data / "tokenizer-bpe.json")
 
 
 @pytest.fixture
