@@ -102,13 +102,20 @@ def read_stories(file: Path) -> list[str]:
     return stories
 
 
-def encode(tokenizer: Tokenizer, stories: list[str], per: str) -> list[list[int]]:
-    """The tokens of each story. With a tokenizer of ours, <|endoftext|> follows, and comes before a story alone."""
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(stories)]
+def encode(tokenizer: Tokenizer, stories: list[str], per: str) -> tuple[list[list[int]], list[int]]:
+    """The tokens of each story, and the bytes of its text without the special tokens that are written in it. With a
+    tokenizer of ours, <|endoftext|> follows, and comes before a story alone."""
+    encodings = tokenizer.encode_batch(stories)
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    sizes = []
+    for story, encoding in zip(stories, encodings, strict=True):
+        places = zip(encoding.ids, encoding.offsets, strict=True)  # a token before or after the text has an empty one
+        left_out = (story[start:end] for token, (start, end) in places if token in special)
+        sizes.append(len(story.encode()) - sum(len(written.encode()) for written in left_out))
     if tokenizer.post_processor is not None:
-        return ids
+        return [encoding.ids for encoding in encodings], sizes
     end = end_of_text(tokenizer)
-    return [(end if per == "stories" else []) + story + end for story in ids]
+    return [(end if per == "stories" else []) + encoding.ids + end for encoding in encodings], sizes
 
 
 def check_tokens(documents: list[list[int]], vocab_size: int) -> None:
@@ -134,14 +141,13 @@ def cut(documents: list[list[int]], length: int, per: str) -> Iterator[list[int]
     yield from (tokens[i * length : (i + 1) * length + 1] for i in range(n_windows))
 
 
-def count_bytes(tokenizer: Tokenizer, documents: list[list[int]], stories: list[str], n_tokens: int) -> int:
+def count_bytes(tokenizer: Tokenizer, documents: list[list[int]], sizes: list[int], n_tokens: int) -> int:
     """The bytes of text that the first `n_tokens` tokens of all documents stand for."""
     total = 0
-    for ids, story in zip(documents, stories, strict=True):
+    for ids, n_bytes in zip(documents, sizes, strict=True):
         if n_tokens <= 0:
             break
-        whole = len(ids) <= n_tokens
-        total += len((story if whole else decoded(tokenizer, ids[:n_tokens])).encode())
+        total += n_bytes if len(ids) <= n_tokens else len(decoded(tokenizer, ids[:n_tokens]).encode())
         n_tokens -= len(ids)
     return total
 
@@ -178,7 +184,7 @@ def evaluate_text(
 ) -> Result:
     """Nats of a text under a model, or a bound on them where it is not causal, with a progress bar on the standard
     error. Raises ValueError for a text that cannot be evaluated."""
-    documents = encode(tokenizer, stories, per)
+    documents, sizes = encode(tokenizer, stories, per)
     check_tokens(documents, model.config.vocab_size)
     windows = sorted(cut(documents, model.config.max_seq_len, per), key=len, reverse=True)
     if not windows:
@@ -189,10 +195,10 @@ def evaluate_text(
     n_tokens = sum(len(window) - 1 for window in windows)
     if per == "stories":
         firsts = sum(len(decoded(tokenizer, ids[:1]).encode()) for ids in documents if len(ids) > 1)
-        text = sum(len(story.encode()) for story, ids in zip(stories, documents, strict=True) if len(ids) > 1)
+        text = sum(n_bytes for n_bytes, ids in zip(sizes, documents, strict=True) if len(ids) > 1)
         return Result(n_tokens, text - firsts, nats, error)
     first = len(decoded(tokenizer, documents[0][:1]).encode())
-    return Result(n_tokens, count_bytes(tokenizer, documents, stories, n_tokens + 1) - first, nats, error)
+    return Result(n_tokens, count_bytes(tokenizer, documents, sizes, n_tokens + 1) - first, nats, error)
 
 
 def exact_nats(model: Transformer, windows: list[list[int]], batch_size: int) -> tuple[float, None]:

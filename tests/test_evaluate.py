@@ -9,13 +9,14 @@ import torch
 from conftest import DENOISERS, tiny_model
 from test_diffusion import log_p_in_order, orders
 from test_gguf import write_gguf
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from training import MODEL, RUN, command_line, saved_steps, script, train_baseline, write_corpus
 
 from llm.data.files import load_tokenizer
 from llm.evaluate import cut, encode, evaluate_text
 from llm.evaluate import main as evaluate
 from llm.generate.load import load_run
+from llm.hub.folder import load_hub_tokenizer
 from llm.models.case_studies.llama import Llama
 from llm.pretrained import export_pretrained
 from llm.training.device import Machine
@@ -128,6 +129,25 @@ def test_a_text_that_cannot_be_evaluated_is_named_with_the_flag(places, tmp_path
         evaluate([str(places[kind]), "--text", str(tmp_path / "text.txt"), "--device", "cpu"])
 
 
+@pytest.mark.parametrize("per", ["windows", "stories"])
+def test_special_tokens_written_in_a_text_count_no_bytes(places, per):
+    """Neither in a whole story nor in the part of one in which the last window ends."""
+    tokenizer = load_hub_tokenizer(places["hub"])
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", normalized=False), AddedToken("<unk>", normalized=False)])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False)])  # an ordinary one
+    model = tiny_model("llama", vocab_size=tokenizer.get_vocab_size(), max_seq_len=10)
+    stories = ["a<|im_end|><|im_end|>é <think>b<|im_end|>", f"<unk>{STORIES[1]}<|im_end|> c"]
+    result = evaluate_text(model, tokenizer, stories, per)
+    documents = [tokenizer.encode(story).ids for story in stories]
+    assert [tokenizer.id_to_token(ids[0]) for ids in documents] == ["<|endoftext|>"] * 2
+    if per == "windows":
+        tokens = [token for ids in documents for token in ids]
+        documents = [tokens[: result.n_tokens + 1]]
+        assert len(documents[0]) < len(tokens), "the last window must end within a story"
+    assert result.n_tokens == sum(map(len, documents)) - len(documents)
+    assert result.n_bytes == sum(len(tokenizer.decode(ids).encode()) for ids in documents)
+
+
 @pytest.mark.parametrize("name", ["llama", "masked_diffusion"])
 def test_a_token_that_the_model_does_not_have_is_named(words, name):
     """The embedding of a diffusion model has one vector more, which is no token of a text either."""
@@ -178,7 +198,7 @@ def test_the_command_calls_the_bound_of_a_diffusion_model_one(data, tmp_path, ca
 def test_the_bound_of_windows_is_that_of_training(words, name, coarse):
     model, stories = tiny_model(name, vocab_size=300, max_seq_len=16), STORIES * 4
     found = evaluate_text(model, words, stories, batch_size=3)
-    windows = list(cut(encode(words, stories, "windows"), 16, "windows"))
+    windows = list(cut(encode(words, stories, "windows")[0], 16, "windows"))
     eval_set = EvalSet(torch.tensor(windows), 1)
     expected = evaluate_in_training(model, eval_set, 4, Machine(torch.device("cpu"), False, False), Ranks())
     assert found.n_tokens == 16 * len(windows) >= 100
@@ -196,7 +216,7 @@ def test_the_bound_of_windows_is_that_of_training(words, name, coarse):
 def test_the_bound_of_stories_is_the_mean_over_all_orders_of_each_alone(words, name, coarse):
     """Stories of two and of four targets in one evaluation: padding would be seen, and change the value."""
     model, stories = tiny_model(name, vocab_size=300), ["a", "Tim", "is"]
-    documents = encode(words, stories, "stories")
+    documents, _ = encode(words, stories, "stories")
     assert len({len(document) for document in documents}) > 1 and max(map(len, documents)) <= 5
     expected = 0.0
     with torch.no_grad():
@@ -212,7 +232,7 @@ def test_the_bound_of_stories_is_the_mean_over_all_orders_of_each_alone(words, n
 
 def test_blocks_are_whole_or_refused_by_name(words, coarse):
     model = tiny_model("block_diffusion", vocab_size=300, block_size=4)
-    (ids,) = encode(words, [STORIES[0]], "windows")
+    ((ids,), _) = encode(words, [STORIES[0]], "windows")
     assert (len(ids) - 1) % 4, "choose another story"
     result = evaluate_text(model, words, [STORIES[0]])
     whole = (len(ids) - 1) // 4 * 4
