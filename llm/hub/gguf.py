@@ -7,6 +7,7 @@ gives tensors and sizes the names that the same model has on the hub, so that ll
 neighbouring channels in files of `llama`, so the rows of queries and keys are reordered; it adds 1 to Gemma's gains.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output
 class GGUFFile:
     """A GGUF file, which has the tensors of a hub folder under their published names, read one at a time.
 
-    `config` are the fields of its config.json. Raises PretrainedError where the package `gguf` is missing, and for an
-    architecture, a scaling of RoPE or a tensor that is not known here.
+    `config` are the fields of its config.json. Raises PretrainedError where the package `gguf` is missing, for a part
+    of a file, and for an architecture, a scaling of RoPE or a tensor that is not known here.
     """
 
     def __init__(self, path: Path):
@@ -61,6 +62,11 @@ class GGUFFile:
         except (OSError, ValueError, IndexError) as error:
             raise PretrainedError(f"{path} cannot be read: {error}; download it again") from None
         self.path, self.fields = path, reader.fields
+        if (n_parts := max(part_of(path.name)[1], self.get("split.count", 1))) > 1:
+            raise PretrainedError(
+                f"{path} is one of {n_parts} parts of a file, and whole files are read: join them with llama.cpp's "
+                "llama-gguf-split --merge FIRST_PART WHOLE.gguf, and name the whole file"
+            )
         self.architecture = str(self.get("general.architecture"))
         if self.architecture not in MODEL_TYPES:
             known = ", ".join(MODEL_TYPES)
@@ -142,13 +148,23 @@ class GGUFFile:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or the only one of a folder without a config.json; None where it is neither.
+    """The GGUF file that `path` is, or the only one of a folder without .safetensors files, which come first; None for
+    other paths and for a run directory. Of a file in several parts it is one part, which GGUFFile refuses.
 
     Raises PretrainedError for a folder with several.
     """
     if path.suffix == ".gguf" and path.is_file():
         return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
+    if any(path.glob("*.safetensors*")) or (path / "checkpoints").exists():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    files = [file for file in found if part_of(file.name)[0] == 1] or found[:1]
     if len(files) > 1:
         raise PretrainedError(f"{path} holds {len(files)} GGUF files: name one, such as {files[0]}")
     return files[0] if files else None
+
+
+def part_of(name: str) -> tuple[int, int]:
+    """Which part of how many a file of this name is, as in model-00001-of-00002.gguf; (1, 1) for a whole one."""
+    found = re.fullmatch(r".*-(\d{5})-of-(\d{5})\.gguf", name)
+    return (int(found[1]), int(found[2])) if found else (1, 1)

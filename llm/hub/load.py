@@ -1,7 +1,7 @@
 """Published weights in: a folder as the hub has it becomes a model.
 
     model = load_pretrained("path/to/checkpoint")
-    model = load_pretrained("model.gguf")            # or a folder with one such file: llm/hub/gguf.py
+    model = load_pretrained("model.gguf")            # or a folder with one, and no .safetensors: llm/hub/gguf.py
 
 Such a folder holds config.json, one or several .safetensors files and tokenizer.json. Tensors are copied one at a time:
 each goes from its file into its place in the model before the next one is read. The tables in llm/hub/maps/ say which
