@@ -130,6 +130,14 @@ def test_beside_a_config_json_a_file_is_read_unless_there_are_safetensors(tmp_pa
     assert find_gguf(tmp_path) is None
 
 
+def test_a_pointer_of_git_lfs_in_place_of_a_file_is_named(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n", encoding="utf-8")
+    for path in (file, tmp_path):
+        with pytest.raises(PretrainedError, match=r"model\.gguf is a Git LFS pointer.*install git-lfs.*git lfs pull"):
+            load_pretrained(path)
+
+
 def test_a_file_in_parts_is_refused_with_what_joins_them(tmp_path):
     _, file = write_gguf(tmp_path, "llama", quantised=False)
     first, second = (file.with_name(f"model-0000{i}-of-00002.gguf") for i in (1, 2))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.hub.folder import check_not_a_pointer
 from llm.hub.tables import PretrainedError
 
 MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
@@ -47,7 +48,7 @@ class GGUFFile:
     """A GGUF file, which has the tensors of a hub folder under their published names, read one at a time.
 
     `config` are the fields of its config.json. Raises PretrainedError where the package `gguf` is missing, for a part
-    of a file, and for an architecture, a scaling of RoPE or a tensor that is not known here.
+    of a file or a note of Git LFS, and for an architecture, a scaling of RoPE or a tensor that is not known here.
     """
 
     def __init__(self, path: Path):
@@ -57,6 +58,7 @@ class GGUFFile:
             raise PretrainedError(
                 f"{path} is read by the package gguf: uv sync --extra gguf, or pip install gguf"
             ) from None
+        check_not_a_pointer(path)
         try:
             reader = GGUFReader(path)
         except (OSError, ValueError, IndexError) as error:
