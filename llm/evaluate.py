@@ -38,6 +38,8 @@ from llm.training.checkpoint import CheckpointError
 from llm.training.device import find_device
 from llm.training.evaluate import MAX_ERROR, MOST_DRAWS, draw_seed
 
+ROWS = 1024  # tokens whose logits are in memory at once
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -202,15 +204,19 @@ def evaluate_text(
 
 
 def exact_nats(model: Transformer, windows: list[list[int]], batch_size: int) -> tuple[float, None]:
-    """The nats of all targets of windows, the longest first; they have no standard error."""
+    """The nats of all targets of windows, the longest first; they have no standard error. Logits are computed for a few
+    rows at once: those of a long context and a large vocabulary would fill many gigabytes."""
     nats, device = 0.0, model.tok_embed.weight.device
     for start in tqdm(range(0, len(windows), batch_size), desc="evaluating", file=sys.stderr):
         batch = windows[start : start + batch_size]
         longest = max(map(len, batch))
         tokens = torch.tensor([window + [0] * (longest - len(window)) for window in batch], device=device)
-        losses = F.cross_entropy(model(tokens[:, :-1]).float().mT, tokens[:, 1:], reduction="none")  # (B, T)
-        predicted = torch.tensor([len(window) - 1 for window in batch], device=device)
-        nats += losses[torch.arange(longest - 1, device=device) < predicted[:, None]].double().sum().item()
+        n_targets = torch.tensor([len(window) - 1 for window in batch], device=device)
+        predicted = torch.arange(longest - 1, device=device) < n_targets[:, None]  # (B, T), False for padding
+        x, targets = model.hidden(tokens[:, :-1])[predicted], tokens[:, 1:][predicted]  # (N, D), (N,)
+        for some_x, some_targets in zip(x.split(ROWS), targets.split(ROWS), strict=True):
+            losses = F.cross_entropy(model.unembed(some_x).float(), some_targets, reduction="none")
+            nats += losses.cpu().double().sum().item()
     return nats, None
 
 

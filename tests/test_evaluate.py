@@ -129,6 +129,22 @@ def test_a_text_that_cannot_be_evaluated_is_named_with_the_flag(places, tmp_path
         evaluate([str(places[kind]), "--text", str(tmp_path / "text.txt"), "--device", "cpu"])
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granitemoehybrid"])
+@pytest.mark.parametrize("per", ["windows", "stories"])
+def test_the_logits_of_a_few_tokens_are_held_at_once(words, name, per, monkeypatch):
+    """And only of tokens that are predicted. Gemma 2 and Granite change their logits."""
+    model, rows = tiny_model(name, vocab_size=300, max_seq_len=16), []
+    unembed = model.unembed
+    monkeypatch.setattr(model, "unembed", lambda x: rows.append(x.shape[:-1].numel()) or unembed(x))
+    whole = evaluate_text(model, words, STORIES * 2, per)
+    assert sum(rows) == whole.n_tokens and max(rows) > 7
+    rows.clear()
+    monkeypatch.setattr("llm.evaluate.ROWS", 7)
+    few = evaluate_text(model, words, STORIES * 2, per)
+    assert sum(rows) == few.n_tokens == whole.n_tokens and max(rows) == 7
+    assert few.nats / few.n_tokens == pytest.approx(whole.nats / whole.n_tokens, abs=1e-6)
+
+
 @pytest.mark.parametrize("per", ["windows", "stories"])
 def test_special_tokens_written_in_a_text_count_no_bytes(places, per):
     """Neither in a whole story nor in the part of one in which the last window ends."""
