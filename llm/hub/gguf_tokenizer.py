@@ -14,7 +14,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {"llama-bpe": WORDS.replace("DIGITS", DIGITS), "qwen2": WORDS.replace("DIGITS", r"\p{N}")}
-NORMAL, SPECIAL, USER_DEFINED = 1, 3, 4
+UNKNOWN, SPECIAL, USER_DEFINED = 2, 3, 4  # kinds of tokens that are found where a text holds them written out
 
 
 def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
@@ -26,7 +26,7 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = byte_level(file, vocabulary) if kind == "gpt2" else sentencepiece(file, vocabulary)
     for token, its_type in zip(tokens, types, strict=True):
-        if its_type == SPECIAL:
+        if its_type in (UNKNOWN, SPECIAL):
             tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
         elif its_type == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
@@ -74,7 +74,11 @@ def byte_level(file: GGUFFile, vocabulary: Mapping[str, int]) -> Tokenizer:
 
 
 def sentencepiece(file: GGUFFile, vocabulary: Mapping[str, int]) -> Tokenizer:
-    """sentencepiece merges the pair whose token has the best score, so the scores order the merges."""
+    """sentencepiece merges the pair whose token has the best score, so the scores order the merges.
+
+    As in llama.cpp, a space comes before a text and after each special token unless the metadata say otherwise, even
+    where there is one. (transformers 5.23 goes by the architecture, and does not double it.)
+    """
     scores = file.get("tokenizer.ggml.scores")
     merges = [
         (-scores[i], vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
