@@ -144,6 +144,28 @@ def test_text_that_is_hardly_utf8_stops_with_a_question_that_a_flag_answers(tmp_
     assert (tmp_path / "out" / "tinystories_tokens.json").exists()
 
 
+def test_the_share_decides_for_a_small_text_too_and_a_few_errors_for_none(tmp_path):
+    file = tmp_path / "train.txt"
+    for text, invalid in [
+        ("äöü " * 30, 90),
+        ("äöü " * 3 + "ab", 9),
+        ("ein Bär und " * 11, 11),
+        ("Bär" + "ab " * 800, 1),
+    ]:
+        file.write_bytes(text.encode("latin-1"))
+        if invalid > 10:
+            with pytest.raises(ValueError, match=f"has {invalid} invalid UTF-8.*--allow-invalid-utf8"):
+                stories.check_encoding(file)
+        else:
+            stories.check_encoding(file)
+        stories.check_encoding(file, allow_invalid_utf8=True)
+    file.write_bytes(b"\xe4" * 11 + b"a" * 2189)  # eleven of 2,200 bytes are 0.5 %
+    stories.check_encoding(file)
+    file.write_bytes(b"\xe4" * 11 + b"a" * 2188)
+    with pytest.raises(ValueError, match="has 11 invalid"):
+        stories.check_encoding(file)
+
+
 def at_once(n: int, *words: object) -> list[int]:
     """The exit statuses of n processes that were started together."""
     running = [

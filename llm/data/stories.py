@@ -26,6 +26,7 @@ LONGEST_PIECE = 16 << 10  # bytes; TinyStories' stories are shorter and stay who
 ASCII_BLANKS = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # those of str.strip; bytes.strip would leave the last four
 UP_TO_A_WORD_END = re.compile(rb".*[!-~\xb0-\xbf](?=[ \n])", re.DOTALL)  # no blank ends in such a byte
 MANY_INVALID = 0.005  # invalid sequences a byte; German in Latin-1 has 0.02
+FEW_INVALID = 10  # invalid sequences that may be typing errors in a text of any size
 MARKS = {  # a file that begins with one of these; that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32-LE",
     codecs.BOM_UTF32_BE: "UTF-32-BE",
@@ -77,7 +78,7 @@ def wide_encoding(raw: bytes) -> str | None:
 
 def check_share(path: Path, invalid: int, n_bytes: int, allowed: bool) -> None:
     """Raises ValueError where too much of a text is not UTF-8, unless that is `allowed`."""
-    if not allowed and invalid > max(100, MANY_INVALID * n_bytes):
+    if not allowed and invalid > max(FEW_INVALID, MANY_INVALID * n_bytes):
         raise ValueError(
             f"{path} has {invalid:,} invalid UTF-8 sequences in {n_bytes:,} bytes. Is it text in another encoding, or "
             f"not text at all? Convert it (such as iconv -f LATIN1 -t UTF-8 {path} > new.txt), or give "
