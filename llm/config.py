@@ -4,7 +4,8 @@ A model's own fields are in its `Config`. Every field is a command-line flag: th
 (`--max-lr 1e-3`), those of the model under `--model.` (`--model.n-layers 8`).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ Initialization = Literal["normal", "truncated_normal", "xavier", "kaiming", "zer
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes that every model has. Raises ValueError for a size that is not positive."""
+    """Sizes that every model has. Raises ValueError for a size that is not positive and for a number like nan."""
 
     vocab_size: int = 10_000
     """Entries of the vocabulary; where it is not given, the data's."""
@@ -34,6 +35,7 @@ class ModelConfig:
     """The same architecture at the size that `--sample` trains on a laptop, as overrides of the defaults."""
 
     def __post_init__(self):
+        check_finite(self, "--model.")
         check_positive(self, "vocab_size", "max_seq_len", "d_model", "n_layers")
 
 
@@ -98,6 +100,7 @@ class TrainConfig:
     """Share weights, gradients and optimiser states out over the ranks of torchrun, for models that outgrow a GPU."""
 
     def __post_init__(self):
+        check_finite(self, "--")
         check_positive(self, "steps", "tokens_per_step", "micro_batch_size", "log_every", "eval_every", "eval_windows")
         check_positive(self, "max_lr", "grad_clip", "save_every")
         if self.shard and self.optimizer == "muon":
@@ -113,6 +116,16 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1) ({flag(self, name)})")
+
+
+def check_finite(config: Any, prefix: str) -> None:
+    """Raises ValueError, naming the field and its flag, where a float of a dataclass is nan or infinite: comparisons
+    with nan are never true, so the other checks may pass it. `prefix` is the beginning of the flags."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            name = field.name
+            raise ValueError(f"{name} = {value} must be a finite number ({prefix}{name.replace('_', '-')})")
 
 
 def check_positive(config: ModelConfig | TrainConfig, *names: str) -> None:

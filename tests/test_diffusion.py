@@ -544,7 +544,13 @@ def test_a_draw_with_a_temperature_is_the_papers_gumbel_noise():
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"steps": 0}, "steps = 0"), ({"block_size": 0}, "block_size = 0"), ({"order": "sideways"}, "sideways")],
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"block_size": 0}, "block_size = 0"),
+        ({"order": "sideways"}, "sideways"),
+        ({"guidance": math.nan}, r"guidance = nan must be a finite number \(--unmasking\.guidance\)"),
+        ({"guidance": -math.inf}, r"guidance = -inf must be a finite number \(--unmasking\.guidance\)"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import itertools
+import math
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,8 +14,9 @@ import pytest
 import torch
 from conftest import VOCABULARY, redraw, tiny_model
 
-from llm.config import ModelConfig
+from llm.config import ModelConfig, TrainConfig
 from llm.models import MODELS
+from llm.modules.diffusion.unmasking import Unmasking
 from llm.modules.ffn.router import Router
 
 
@@ -164,3 +167,16 @@ def test_it_can_learn_one_batch_by_heart(name):
         model.after_step()
         schedule.step()
     assert model.eval().loss(batch)[1]["ce"] < 0.1
+
+
+@pytest.mark.parametrize("Config", [TrainConfig, Unmasking, *dict.fromkeys(Model.Config for Model in MODELS.values())])
+def test_no_number_of_a_config_may_be_nan_or_infinite(Config):
+    """nan passes checks such as `value < 0`, which are never true of it."""
+    whole = Config()
+    names = [field.name for field in fields(whole) if isinstance(getattr(whole, field.name), float)]
+    assert names
+    for name, value in itertools.product(names, [math.nan, math.inf, -math.inf]):
+        with pytest.raises(
+            ValueError, match=rf"{name} = {value} must be a finite number \(--.*{name.replace('_', '-')}"
+        ):
+            replace(whole, **{name: value})

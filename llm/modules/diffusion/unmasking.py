@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llm.config import check_finite
+
 
 @dataclass(frozen=True)
 class Unmasking:
@@ -35,6 +37,7 @@ class Unmasking:
     """Draws the random order."""
 
     def __post_init__(self):
+        check_finite(self, "--unmasking.")
         if self.steps < 1 or self.block_size < 1:
             raise ValueError(
                 f"steps = {self.steps} and block_size = {self.block_size} must be at least 1 (--unmasking.steps, "
