@@ -27,7 +27,13 @@ WIDTHS = dict(kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_di
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"index_topk": 64}, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}]
+    "config",
+    [
+        {},
+        {"index_topk": 64},
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        {"norm_topk_prob": False},
+    ],
 )
 def test_logits_generation_export_and_gradients_are_those_of_transformers(tmp_path, config):
     theirs, ours = twins(tmp_path, "DeepseekV32ForCausalLM", **{**SHAPE, **config})

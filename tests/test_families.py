@@ -153,10 +153,11 @@ def test_the_weights_of_deepseeks_experts_need_not_be_normalised(tmp_path):
 
 
 @pytest.mark.parametrize("without", [0, None])
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", ["2", "3", "32"])
 def test_deepseek_may_have_no_shared_expert(tmp_path, version, without):
     """Equal to one whose shared experts add nothing. transformers saves experts of width 0, others save none."""
-    theirs = original(f"DeepseekV{version}ForCausalLM", **DEEPSEEK, n_shared_experts=1)
+    indexer = dict(num_key_value_heads=4, index_n_heads=8, index_head_dim=40, index_topk=6) if version == "32" else {}
+    theirs = original(f"DeepseekV{version}ForCausalLM", **DEEPSEEK | indexer, n_shared_experts=1)
     for layer in theirs.model.layers[1:]:
         torch.nn.init.zeros_(layer.mlp.shared_experts.down_proj.weight)
     theirs.save_pretrained(tmp_path)

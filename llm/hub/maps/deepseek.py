@@ -155,14 +155,15 @@ PUBLISHED = {
             **dict(vocab_size=129_280, max_seq_len=163_840, d_model=7168, n_layers=61, n_heads=128, n_dense_layers=3),
             **dict(d_ff=18_432, n_experts=256, top_k=8, n_shared_experts=1, d_expert=2048, n_groups=8, top_k_groups=4),
             **dict(routed_scaling_factor=2.5, index_n_heads=64, index_head_dim=128, index_top_k=2048),
+            normalize_weights=True,
         ),
         required=REQUIRED
         | {
             "scoring_func": ("sigmoid",),
             "topk_method": ("noaux_tc",),
-            "norm_topk_prob": (True,),
             "mlp_bias": (False,),
         },
+        nullable=frozenset({"n_shared_experts"}),
         ignored=IGNORED | {"output_router_logits"},
         ignored_weights=left_out,
         read=read_v32,
