@@ -15,6 +15,7 @@ from measure import machine_line, markdown, now
 from torch import Tensor
 from tqdm import trange
 
+from llm.console import console
 from llm.modules import masks
 from llm.modules.attention.big_bird import BigBird
 from llm.modules.cache import Places
@@ -59,6 +60,7 @@ def contestants(length: int, draw: Callable[..., Tensor]) -> dict[str, dict]:
     }
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)

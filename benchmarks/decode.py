@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from train import MAKE, SIZES
 
 from llm.analysis.accounting import cache_bytes
+from llm.console import console
 from llm.generate.compile import compile_decoding
 from llm.generate.sampling import greedy
 from llm.models.baseline import Baseline
@@ -181,6 +182,7 @@ def compare(batch: int, prompt: int, flags: Arguments) -> str:
     return f"{title}\n\n" + markdown(("codebase", "ms a step", "tokens / s", "of the limit", "time over ours"), rows)
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)

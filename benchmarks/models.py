@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llm.analysis.accounting import describe, units
 from llm.config import TrainConfig
+from llm.console import console
 from llm.generate.sampling import greedy
 from llm.models import MODELS
 from llm.models.transformer import Transformer
@@ -114,6 +115,7 @@ def rows(flags: Arguments) -> Iterator[list[str]]:
     baseline.end()
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)
