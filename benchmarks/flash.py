@@ -16,6 +16,7 @@ from measure import markdown
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from llm.console import console
 from llm.modules.attention import flash, flash1
 from llm.modules.attention.slow_memory import SlowMemory, standard_attention, standard_backward, tile_sizes
 from llm.modules.cache import Places
@@ -91,6 +92,7 @@ def table(length: int, width: int, fast_memory: int) -> str:
     return markdown(COLUMNS, rows)
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)

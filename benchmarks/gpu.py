@@ -26,6 +26,7 @@ from measure import machine_line
 from torch import nn
 from tqdm import tqdm
 
+from llm.console import console
 from llm.files import write_atomically
 from llm.generate.compile import compile_decoding
 from llm.generate.sampling import greedy
@@ -95,6 +96,7 @@ def all_parts(flags: Arguments) -> list[Part]:
     ]
 
 
+@console()
 def main() -> None:
     """Run the parts, or one from within."""
     flags = tyro.cli(Arguments)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llm.config import TrainConfig
+from llm.console import console
 from llm.models import MODELS
 from llm.training.device import Machine, find_machine, keep_freed_memory
 
@@ -115,6 +116,7 @@ def writing_row(turns: list[dict], flags: Arguments) -> list[str]:
     return [*times, f"{median([(t[late], t[early]) for t in turns]):.2f}", *kilobytes]
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm.config import TrainConfig
+from llm.console import console
 from llm.models import MODELS
 from llm.modules.attention import multi_head
 from llm.modules.attention.core import explicit_attention
@@ -137,6 +138,7 @@ def table(results: dict[str, dict[int, dict]], what: str, show: Callable[[float]
     return markdown(("model", *map(str, lengths)), [[name, *row] for name, row in zip(results, cells, strict=True)])
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)

@@ -23,6 +23,7 @@ import tyro
 from measure import Contestant, answer, in_turn, machine_line, markdown, median, peak_memory, ratio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llm.console import console
 from llm.data import encoding, tokenize
 from llm.data.files import TOKENIZER_FILE, as_plain_text, load_tokenizer
 from llm.data.sample import sample_stories
@@ -115,6 +116,7 @@ def compete(name: str, folder: Path, vocab_size: int, at_start: int) -> dict:
     return seconds | {"alone": alone, "peak": peak, "hashes": hashes}
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)

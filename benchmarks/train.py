@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from llm.analysis.accounting import describe
 from llm.config import TrainConfig
+from llm.console import console
 from llm.models.baseline import Baseline
 from llm.training.device import find_machine, keep_freed_memory
 from llm.training.gradient import recompute
@@ -203,6 +204,7 @@ def compete(name: str, mode: str, flags: Arguments) -> None:
     answer(turn)
 
 
+@console()
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)

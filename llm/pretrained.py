@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.extras.subcommand_cli_from_dict({"export": Export}, args=arguments, prog="python -m llm.pretrained")
     model, tokenizer = load_run(flags.run, torch.device("cpu"))
-    if is_hub_folder(flags.run):
+    if is_hub_folder(flags.run) and (flags.run / TOKENIZER).is_file():  # a GGUF file has its own
         tokenizer = flags.run / TOKENIZER  # export copies the files beside it, too
     print(f"wrote {export_pretrained(model, flags.out, tokenizer)}")
 
