@@ -146,6 +146,17 @@ def test_nsa_is_the_papers_rule_written_as_loops(sizes):
     torch.testing.assert_close(layer(x, POSITIONS), native_by_loops(layer, x), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("select_size", [4, 8])
+def test_nsa_is_the_same_loops_on_texts_of_no_and_of_few_compressed_blocks(stride, select_size):
+    sizes = dict(compress_size=4, compress_stride=stride, select_size=select_size, n_selected=3)
+    layer, x = mixer(NativeSparseAttention, **{**NATIVE, **sizes})
+    for length in range(1, 10):
+        text = x[:, :length]
+        ours = layer(text, POSITIONS[:length])
+        torch.testing.assert_close(ours, native_by_loops(layer, text), rtol=0, atol=1e-10)
+
+
 @torch.no_grad()
 def test_nsa_with_one_branch_open_is_full_attention_or_a_window():
     """The selection of everything is full attention; the window alone is a window."""

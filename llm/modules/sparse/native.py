@@ -132,7 +132,8 @@ class NativeSparseAttention(nn.Module):
     def share(self, p: Tensor) -> Tensor:
         """Probabilities (.., N) of compressed blocks -> importance (.., J) of the blocks to select from."""
         spread, per_block = self.size // self.stride, self.select_size // self.stride
-        strides = F.pad(p, (spread - 1, spread - 1)).unfold(-1, spread, 1).sum(-1)  # (.., N + spread - 1): by stride
+        # by stride, (.., N + spread): one more than the blocks have, for a text that is too short for any block
+        strides = F.pad(p, (spread - 1, spread)).unfold(-1, spread, 1).sum(-1)
         return F.pad(strides, (0, -strides.shape[-1] % per_block)).unflatten(-1, (-1, per_block)).sum(-1)
 
     @torch.no_grad()
