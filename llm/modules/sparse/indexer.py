@@ -63,14 +63,14 @@ class SparseLatentAttention(LatentAttention):
         self.index_loss: Tensor | None = None  # of the last forward pass in training, until it is taken
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
-        q_nope, q_rope = self.queries(x, positions)
+        q_latent = self.q_a_norm(self.q_a_proj(x))
+        q_nope, q_rope = self.heads_of(q_latent, positions)
         latent, k_rope = self.compress(x, positions)
         index_k = self.indexer.keys(x.detach(), positions)
         latent, k_rope, index_k, places = store(cache, positions, latent=latent, k_rope=k_rope, index_k=index_k)
-        q_latent = self.q_a_norm(self.q_a_proj(x)).detach()
         n_keys = index_k.shape[1]
         n_chosen = n_keys if self.dense else min(self.index_top_k, n_keys)
-        best, index = self.choose(x.detach(), q_latent, index_k, places, n_chosen)
+        best, index = self.choose(x.detach(), q_latent.detach(), index_k, places, n_chosen)
         q, k, w_uv = self.absorb(q_nope, q_rope, latent, k_rope)
         if self.training:
             target = self.probabilities(q, k, index, best > -torch.inf)
@@ -82,6 +82,11 @@ class SparseLatentAttention(LatentAttention):
             mixed = attend_to_chosen(q, k[:, :, None], k[:, :, None], index[:, None], found, self.scale)
             heads = torch.einsum("bhtr,hdr->bthd", mixed[..., : latent.shape[-1]], w_uv)
         return self.o_proj(heads.flatten(2))
+
+    def heads_of(self, q_latent: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """`queries` from their latents (B, T, q_lora_rank), which the indexer reads, too."""
+        q_nope, q_rope = self.q_b_proj(q_latent).unflatten(-1, (self.n_heads, -1)).split(self.q_split, -1)
+        return q_nope, q_rope if self.rope is None else self.rope(q_rope, positions)
 
     def choose(self, x: Tensor, q_latent: Tensor, k: Tensor, places: Places, n: int) -> tuple[Tensor, Tensor]:
         """The `n` largest scores of each token and the keys that have them, both (B, T, n); -inf for what is hidden.
