@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from training import ROOT
 
-from llm.analysis.accounting import describe, forward_flops, sharded_memory, summary, units
+from llm.analysis.accounting import describe, forward_flops, own_flops, sharded_memory, summary, units
 from llm.hub.maps import SIZES
 from llm.models import MODELS
 from llm.models.baseline import Baseline
@@ -98,13 +99,83 @@ def with_a_key_for_each_head(definition):
 def test_forward_flops_are_what_torch_counts(model, loops):
     """On one text, masks computed and thrown away, as both of torch's CPU paths do."""
     if any(type(module).__module__.startswith("llm.modules.sparse") for module in model.modules()):
-        pytest.skip("short texts compute what the choice leaves out, too")
+        pytest.skip("short texts compute what the choice leaves out, too: the three tests below count the parts")
     for module in model.modules():
         if hasattr(getattr(module, "score_bias", None), "channels"):  # which would be more channels of q and k
             module.score_bias = module.score_bias.__call__
     tokens = torch.randint(97, (1, T))
     formula = forward_flops(dense(model), T) + padding_flops(model) - recurrent_flops(model)
     assert counted(model, lambda model: model(tokens)) == pytest.approx(T * formula, rel=1e-12)
+
+
+SPARSE = {
+    "native_sparse": {},
+    "native_sparse, blocks apart": dict(compress_stride=8, n_kv_heads=4),
+    "block_mixture": {},
+    "deepseek_v3_2": {},
+    "deepseek_v3_2, dense": dict(index_top_k=T, v_head_dim=40),
+}
+
+
+def tiny_sparse(case):
+    return tiny_model(case.partition(",")[0], **SPARSE[case])
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_each_linear_layer_of_a_sparse_model_costs_what_torch_counts_in_it(case):
+    model = tiny_sparse(case)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(97, (1, T)))
+    in_module = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    layers = {name: m for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, nn.Linear)}
+    absorbed = {name for name in layers if name.endswith("kv_b_proj") and case == "deepseek_v3_2"}
+    assert len(layers) > len(absorbed)
+    for name in layers.keys() - absorbed:
+        assert T * own_flops(layers[name], T) == pytest.approx(in_module[name], rel=1e-12), name
+
+
+@torch.no_grad()
+def test_the_absorbed_up_projection_costs_as_much_as_the_layer_that_it_replaces():
+    """One half of its matrix for the queries, the other for what they read."""
+    layer = tiny_model("deepseek_v3_2").blocks[0].mixer
+    x, positions = torch.randn(1, T, 128).double(), torch.arange(T)
+    parts = *layer.queries(x, positions), *layer.compress(x, positions)
+    _, _, w_uv = layer.absorb(*parts)
+    read = torch.randn(1, layer.n_heads, T, w_uv.shape[2]).double()
+    absorbed = counted(layer, lambda layer: layer.absorb(*parts))
+    assert absorbed + counted(None, lambda _: torch.einsum("bhtr,hdr->bthd", read, w_uv)) == T * own_flops(
+        layer.kv_b_proj, T
+    )
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_sparse_attention_costs_two_products_for_each_key_that_a_query_sees(case, monkeypatch):
+    """By loops over the queries; the layers also compute scores that they hide, as fused kernels under a mask do."""
+    layer, pairs = tiny_sparse(case).blocks[0].mixer, []
+    module = sys.modules[type(layer).__module__]
+    attend_to_chosen = module.attend_to_chosen
+
+    def count(q, k, v, index, shown, scale):
+        pairs.append(shown.sum().item() * q.shape[1] // shown.shape[1])  # of a head's query and a chosen key
+        return attend_to_chosen(q, k, v, index, shown, scale)
+
+    monkeypatch.setattr(module, "attend_to_chosen", count)
+    layer(torch.randn(1, T, 128).double(), torch.arange(T))
+    earlier, n_heads = sum(t + 1 for t in range(T)), layer.n_heads
+    if case.startswith("deepseek"):
+        indexer, (rank, rope) = layer.indexer, layer.kv_split
+        expected = 2 * indexer.n_heads * indexer.head_dim * earlier
+        widths = 2 * rank + rope if pairs else sum(layer.q_split) + layer.expanded_split[1]
+        assert bool(pairs) == ("dense" not in case)
+        expected += 2 * widths * sum(pairs or [n_heads * earlier])
+    elif case == "block_mixture":
+        means = sum(t // layer.block_size for t in range(T))
+        expected = 2 * layer.head_dim * n_heads * means + 4 * layer.head_dim * sum(pairs)
+    else:
+        ends = range(layer.size - 1, T, layer.stride)
+        seen = sum(sum(end <= t for end in ends) + min(t + 1, layer.mask.size) for t in range(T))
+        expected = 4 * layer.head_dim * (n_heads * seen + sum(pairs))
+    assert T * layer.flops(T) == pytest.approx(expected, rel=1e-12)
 
 
 def with_wide_values():

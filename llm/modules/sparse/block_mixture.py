@@ -14,7 +14,6 @@ from torch import Tensor
 from llm.modules.attention.core import share_heads
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.cache import empty_slots
-from llm.modules.masks import causal, mean_keys
 from llm.modules.sparse.chosen import attend_to_chosen, mean_chosen, tokens_of
 from llm.modules.sparse.summaries import all_blocks, finished, n_summaries, tokens_in, write
 
@@ -80,5 +79,5 @@ class BlockMixtureAttention(MultiHeadAttention):
 
     def flops(self, context: int) -> float:
         """FLOPs per token: queries times the means of earlier blocks, and attention to the chosen keys."""
-        means = mean_keys(causal, context) / self.block_size
+        means = sum(token // self.block_size for token in range(context)) / context
         return self.q_proj.out_features * (2 * means + 4 * mean_chosen(context, self.block_size, self.top_k))

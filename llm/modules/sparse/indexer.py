@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.cache import Places, store
-from llm.modules.masks import causal, mean_keys, visibility
+from llm.modules.masks import Window, causal, mean_keys, visibility
 from llm.modules.norms import LayerNorm
 from llm.modules.sparse.chosen import QUERIES, attend_to_chosen, look_up
 
@@ -132,18 +132,13 @@ class SparseLatentAttention(LatentAttention):
         return slots | {"index_k": index_k}
 
     def flops(self, context: int) -> float:
-        """FLOPs per token, without the projections: the indexer on all earlier tokens, attention to the chosen ones."""
-        seen = mean_keys(causal, context)
-        chosen = (
-            seen
-            if self.dense
-            else mean_keys(causal, min(context, self.index_top_k)) * min(1.0, self.index_top_k / context)
-            + self.index_top_k * max(0.0, 1 - self.index_top_k / context)
-        )
-        rank, rope_dim = self.kv_split
-        return (
-            2 * self.indexer.n_heads * self.indexer.head_dim * seen + 2 * self.n_heads * (2 * rank + rope_dim) * chosen
-        )
+        """FLOPs per token, without the projections: the indexer on all earlier tokens, attention to the chosen ones.
+        Attention to all of them, in the warm-up or in a short text, is that to the expanded keys of LatentAttention."""
+        indexer = 2 * self.indexer.n_heads * self.indexer.head_dim * mean_keys(causal, context)
+        if self.dense or context <= self.index_top_k:
+            return indexer + super().flops(context)
+        (rank, rope_dim), chosen = self.kv_split, mean_keys(Window(self.index_top_k), context)  # as many as in a window
+        return indexer + 2 * self.n_heads * (2 * rank + rope_dim) * chosen
 
 
 def divergence(p: Tensor, scores: Tensor) -> Tensor:

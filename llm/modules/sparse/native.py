@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from llm.modules.cache import Places, empty_slots, store
 from llm.modules.kernels.attention import attend
-from llm.modules.masks import Window, causal, mean_keys
+from llm.modules.masks import Window, mean_keys
 from llm.modules.sparse.chosen import attend_to_chosen, mean_chosen, tokens_of
-from llm.modules.sparse.summaries import all_blocks, finished, n_summaries, tokens_in, write
+from llm.modules.sparse.summaries import all_blocks, finished, mean_summaries, n_summaries, tokens_in, write
 
 
 class Compress(nn.Module):
@@ -33,14 +33,27 @@ class Compress(nn.Module):
 
     no_weight_decay = ("place",)
 
-    def __init__(self, size: int, head_dim: int):
+    def __init__(self, size: int, stride: int, n_kv_heads: int, head_dim: int):
         super().__init__()
         self.place = nn.Parameter(torch.zeros(size, head_dim))
-        self.block_proj = nn.Linear(size * head_dim, head_dim, bias=False)
+        self.block_proj = BlockProjection(size, stride, n_kv_heads, head_dim)
 
     def forward(self, blocks: Tensor) -> Tensor:
         placed = blocks + self.place[:, None].to(blocks.dtype)
         return self.block_proj(placed.transpose(2, 3).flatten(3))
+
+
+class BlockProjection(nn.Linear):
+    """size head_dim -> head_dim, once for each block and key head, while other linear layers run once a token."""
+
+    def __init__(self, size: int, stride: int, n_kv_heads: int, head_dim: int):
+        super().__init__(size * head_dim, head_dim, bias=False)
+        self.size, self.stride, self.n_kv_heads = size, stride, n_kv_heads
+
+    def flops(self, context: int) -> float:
+        """FLOPs per token of a text that is read at once; decoding computes one block a token, finished or not."""
+        n_blocks = n_summaries(context, self.size, self.stride)
+        return 2 * self.weight.numel() * self.n_kv_heads * n_blocks / context
 
 
 class NativeSparseAttention(nn.Module):
@@ -87,7 +100,8 @@ class NativeSparseAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, 3 * n_kv_heads * self.head_dim, bias=False)  # for each branch
         self.v_proj = nn.Linear(d_model, 3 * n_kv_heads * self.head_dim, bias=False)
         self.gate_proj = nn.Linear(d_model, 3 * n_heads, bias=False)
-        self.compress_k, self.compress_v = (Compress(compress_size, self.head_dim) for _ in range(2))
+        blocks = (compress_size, compress_stride, n_kv_heads, self.head_dim)
+        self.compress_k, self.compress_v = Compress(*blocks), Compress(*blocks)
         self.o_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=False)
 
     def forward(self, x: Tensor, positions: Tensor, cache: dict | None = None) -> Tensor:
@@ -174,7 +188,7 @@ class NativeSparseAttention(nn.Module):
         return slots | summaries | {f"near_{name}": tensor for name, tensor in ring.items()}
 
     def flops(self, context: int) -> float:
-        """FLOPs per token, without the projections: the three branches."""
-        compressed, near = mean_keys(causal, context) / self.stride, mean_keys(self.mask, context)
+        """FLOPs per token, without the projections: the three branches, on the keys that a query sees in each."""
+        compressed, near = mean_summaries(context, self.size, self.stride), mean_keys(self.mask, context)
         selected = mean_chosen(context, self.select_size, self.n_selected)
         return 4 * self.q_proj.out_features * (compressed + selected + near)

@@ -14,6 +14,11 @@ def n_summaries(n_tokens: int, size: int, stride: int) -> int:
     return max(0, (n_tokens - size) // stride + 1)
 
 
+def mean_summaries(context: int, size: int, stride: int) -> float:
+    """The number of blocks that are finished at a token, averaged over a text of `context` tokens."""
+    return sum(n_summaries(n_tokens, size, stride) for n_tokens in range(1, context + 1)) / context
+
+
 def finished(positions: Tensor, size: int, stride: int) -> tuple[Tensor, Tensor]:
     """Positions (B, T) of new tokens -> the numbers (B, T // stride + 1) of the blocks that they may finish, and
     whether
