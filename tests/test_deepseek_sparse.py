@@ -1,17 +1,23 @@
 """DeepSeek Sparse Attention: transformers' model, its objective as loops, and what learns from what."""
 
+import copy
 import math
 
 import pytest
 import torch
 from conftest import redraw, tiny_model
 from parity import assert_same_continuation, assert_same_gradients, assert_same_logits, assert_survives_export, twins
+from safetensors.torch import load_file
 from test_attention import step_by_step
+from training import RUN, at_step, command_line, evaluations, script, write_corpus
 
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.position_encoding.rope import RoPE
 from llm.modules.sparse import indexer
 from llm.modules.sparse.indexer import Indexer, SparseLatentAttention
+from llm.training import loop
+from llm.training.checkpoint import newest_good
+from llm.training.run_directory import RunDirectory
 
 T = 40
 POSITIONS = torch.arange(T)
@@ -152,6 +158,64 @@ def test_a_long_text_is_scored_in_parts_with_the_same_result_and_gradients(monke
         (y.square().sum() + layer.pop_loss()).backward()
         found.append([y, x.grad, *(p.grad for p in layer.parameters())])
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+STAGES = {
+    "dense": "--steps 2 --model.index-top-k 32 --model.index-loss-coef 0",
+    "warmup": "--steps 4 --model.index-top-k 4 --model.index-warmup",
+    "sparse": "--steps 6 --model.index-top-k 4",
+}
+SIZES = {
+    **{"--model.d-model": 32, "--model.n-layers": 2, "--model.n-heads": 2, "--model.max-seq-len": 32},
+    **{"--model.q-lora-rank": 16, "--model.kv-lora-rank": 16, "--model.d-ff": 48, "--model.d-expert": 16},
+    **{"--model.n-experts": 4, "--model.top-k": 2, "--model.n-groups": 1, "--model.top-k-groups": 1},
+    **{"--model.index-n-heads": 2, "--model.index-head-dim": 16},
+}
+
+
+def run_stage(data, folder, stage, *flags):
+    """Returns the checkpoint that the stage leaves."""
+    settings = {**RUN, **SIZES, "--data": data, "--out": folder / stage, "--weight-decay": 0.5}
+    script("train_deepseek_v3_2").main(command_line(settings, *STAGES[stage].split(), *flags))
+    return newest_good(folder / stage / "checkpoints")
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_commands_of_the_three_stages_train_what_the_paper_says(tmp_path, monkeypatch, capsys, optimizer):
+    """All, then the indexers alone, then all: each stage begins with the weights that the one before has left."""
+    monkeypatch.setattr(RunDirectory, "plot", lambda self: None)
+    data, begun = write_corpus(tmp_path), {}
+    for step in (3, 5):
+        at_step(monkeypatch, step, lambda model, step=step: begun.update({step: copy.deepcopy(model.state_dict())}))
+    dense = run_stage(data, tmp_path, "dense", "--optimizer", optimizer)
+    warm = run_stage(data, tmp_path, "warmup", "--optimizer", optimizer, "--resume", dense)
+    sparse = run_stage(data, tmp_path, "sparse", "--optimizer", optimizer, "--resume", warm)
+    one, two, three = (load_file(folder / "model.safetensors") for folder in (dense, warm, sparse))
+    assert all(torch.equal(begun[3][name], one[name]) and torch.equal(begun[5][name], two[name]) for name in one)
+    assert {n for n in one if not torch.equal(one[n], two[n])} == {n for n in one if ".indexer." in n}
+    assert {n for n in two if torch.equal(two[n], three[n])} <= {n for n in two if n.endswith("expert_bias")}
+    (loss,) = {point["eval_loss"] for point in evaluations(tmp_path / "warmup").values()}
+    assert loss == evaluations(tmp_path / "dense")[2]["eval_loss"]  # attention is still dense
+    with pytest.raises(SystemExit):
+        run_stage(data, tmp_path, "sparse", "--optimizer", optimizer, "--resume", warm, "--out", tmp_path / "warmup")
+    assert "model.index_warmup: saved true, given false" in capsys.readouterr().err  # a run directory is of one stage
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+def test_a_sharded_warm_up_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "check_shard", lambda config: None)  # as if torchrun had started this process
+    with pytest.raises(SystemExit):
+        run_stage(write_corpus(tmp_path), tmp_path, "warmup", "--shard")
+    assert "frozen weights" in (said := capsys.readouterr().err) and "Leave out --shard" in said
+    assert not (tmp_path / "warmup").exists()
+
+
+def test_a_warm_up_in_which_nothing_would_learn_is_refused():
+    with pytest.raises(ValueError, match=r"index_loss_coef = 0 .*--model.index-loss-coef"):
+        tiny_model("deepseek_v3_2", index_warmup=True, index_loss_coef=0)
+    with pytest.raises(ValueError, match=r"index_loss_coef = -1.0 .*--model.index-loss-coef"):
+        tiny_model("deepseek_v3_2", index_loss_coef=-1.0)
 
 
 def test_what_the_indexer_needs_is_demanded():

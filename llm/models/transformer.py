@@ -34,6 +34,8 @@ class Transformer(nn.Module):
     """Whether a token sees no later ones and the loss is that of the next token. False: see llm/models/denoiser.py."""
     training_only: ClassVar[tuple[str, ...]] = ()
     """Attributes that only training uses. The counts of active parameters and FLOPs leave them out."""
+    stage_fields: ClassVar[tuple[str, ...]] = ()
+    """Settings that are no sizes of weights and differ between stages of training: `--resume PATH` may change them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -70,7 +70,13 @@ class Training:
         self.record["train"] |= {"out": str(out), "micro_batch_size": self.micro_batch_size}
         self.eval_set = EvalSet.of(data, model_config.max_seq_len, config.eval_windows)
         torch.manual_seed(config.seed)
-        self.model = place(Model(model_config), config, self.machine, self.ranks)
+        model = Model(model_config)
+        if config.shard and not all(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "shard = True cannot train a model with frozen weights: its blocks return nothing that has a gradient, "
+                "and so torch does not gather their weights for the backward pass. Leave out --shard in this stage"
+            )
+        self.model = place(model, config, self.machine, self.ranks)
         self.optimizer = make_optimizer(self.model, config)
         self.progress = go_on_from(checkpoint, self.model, self.optimizer, self.config, self.ranks)
 

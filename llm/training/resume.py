@@ -81,11 +81,12 @@ def find_checkpoint(resume: str, out: Path, record: dict) -> Path | None:
 
 
 def model_settings(record: dict) -> dict:
-    """The part of a record that the weights must fit: training may go on with another budget or text, but not with
-    another model or tokenizer."""
+    """The part of a record that the weights must fit: training may go on with another budget or text, and in another
+    stage where the model has several (`stage_fields`), but not with another model or tokenizer."""
+    Model = MODELS.get(record["model_name"], Transformer)
     return {
         "model_name": record["model_name"],
-        "model": record["model"],
+        "model": {name: value for name, value in record["model"].items() if name not in Model.stage_fields},
         "data": {"tokenizer_sha256": record["data"]["tokenizer_sha256"]},
     }
 

@@ -1,8 +1,9 @@
 """DeepSeek-V3.2: V3 whose attention reads only the tokens that a small indexer chooses.
 
 DeepSeek-V3.2 (December 2025, arXiv 2512.02556) adds DeepSeek Sparse Attention to V3: an indexer of few narrow heads
-scores all earlier tokens, and each layer's latent attention reads the best 2,048 of them. Training goes on from V3:
-first only the indexer learns, beside dense attention (`index_warmup`), then everything, with the choice in place.
+scores all earlier tokens, and each layer's latent attention reads the best 2,048 of them. Training goes on from dense
+attention: first only the indexer learns (`index_warmup`), then everything, with the choice in place. The commands of
+the three stages: docs/training.md, Stages of DeepSeek-V3.2.
 Published weights have no prediction module that transformers reads. Blog: Case studies, DeepSeek.
 Gallery: docs/gallery/index.html#deepseek_v3_2
 """
@@ -30,11 +31,11 @@ class DeepseekV32(DeepseekV3):
         index_head_dim: int = 32
         """Width of its heads; at least qk_rope_head_dim."""
         index_top_k: int = 64
-        """Tokens that each token attends to."""
+        """Tokens that each token attends to; as many as max_seq_len: dense attention."""
         index_loss_coef: float = 1.0
-        """Weight of the loss that teaches the indexer where attention looks."""
+        """Weight of the loss that teaches the indexer where attention looks; 0: it does not learn."""
         index_warmup: bool = False
-        """Dense attention, beside which the indexer learns: the stage before the sparse one."""
+        """The stage before the sparse one: attention is dense, and only the indexer learns."""
 
         small: ClassVar[dict[str, Any]] = {**DeepseekV3.Config.small, "index_top_k": 12}
 
@@ -50,6 +51,21 @@ class DeepseekV32(DeepseekV3):
                     f"index_head_dim = {self.index_head_dim} must be at least qk_rope_head_dim = "
                     f"{self.qk_rope_head_dim}, the channels that are rotated (--model.index-head-dim)"
                 )
+            if self.index_loss_coef < 0 or (self.index_warmup and self.index_loss_coef == 0):
+                raise ValueError(
+                    f"index_loss_coef = {self.index_loss_coef} must not be negative, and must be positive with "
+                    "index_warmup = True, where only the indexer learns (--model.index-loss-coef)"
+                )
+
+    stage_fields = ("index_warmup", "index_top_k", "index_loss_coef")
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.index_warmup:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(".indexer." in name)
+            for router in self.offering("rebalance"):  # moves the biases of its experts without a gradient
+                router.bias_update_speed = 0.0
 
     def make_mixer(self, layer: int) -> nn.Module:
         c = self.config

@@ -7,8 +7,8 @@ The choice has no gradient, so the indexer has a loss of its own and reads its i
 
     loss = mean over t of KL(p_t || softmax(I_t))      p_t: the probabilities of the main attention, mean over its heads
 
-over the chosen tokens. In a warm-up before that, attention is dense and the KL is over all earlier tokens; the rest of
-the model is then frozen. DeepSeek-V3.2, arXiv 2512.02556, section 2. Blog: Attention, learned sparse attention.
+over the chosen tokens. In a warm-up before that, attention is dense and the KL is over all earlier tokens; the model
+then freezes everything else. DeepSeek-V3.2, arXiv 2512.02556, section 2. Blog: Attention, learned sparse attention.
 """
 
 from functools import partial
@@ -51,7 +51,7 @@ class SparseLatentAttention(LatentAttention):
     """Latent attention to the `index_top_k` tokens that `indexer` scores highest.
 
     index_loss_coef   weight of the indexer's loss in training
-    dense             the warm-up: all earlier tokens, for attention and for the loss
+    dense             the warm-up: all earlier tokens, for attention and for the loss; what is frozen, the model says
 
     `options` are those of LatentAttention, except mask; there must be a q_lora_rank, whose latent the indexer reads.
     """
