@@ -110,9 +110,7 @@ class TrainConfig:
             )
         if not 0 <= self.min_lr <= self.max_lr:
             raise ValueError(f"min_lr = {self.min_lr} must lie between 0 and max_lr = {self.max_lr} (--min-lr)")
-        for name in ("seed", "warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative ({flag(self, name)})")
+        check_not_negative(self, "seed", "warmup_steps", "weight_decay")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1) ({flag(self, name)})")
@@ -136,6 +134,13 @@ def check_positive(config: ModelConfig | TrainConfig, *names: str) -> None:
             raise ValueError(f"{name} = {value} must be positive ({flag(config, name)})")
 
 
+def check_not_negative(config: ModelConfig | TrainConfig, *names: str) -> None:
+    """Raises ValueError, naming the field and its flag, where a number is below zero."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} = {getattr(config, name)} must not be negative ({flag(config, name)})")
+
+
 def check_divides(config: ModelConfig, name: str, whole: str, otherwise: str = "") -> None:
     """Raises ValueError, naming fields and flags, where field `name` does not divide field `whole`. `otherwise` says
     what else would help."""
@@ -150,6 +155,17 @@ def check_even(config: ModelConfig, name: str) -> None:
     """Raises ValueError where a width whose channels RoPE rotates in pairs is odd."""
     if getattr(config, name) % 2:
         raise ValueError(f"{name} = {getattr(config, name)} must be even: RoPE rotates pairs ({flag(config, name)})")
+
+
+def check_even_heads(config: ModelConfig) -> None:
+    """Raises ValueError where d_model / n_heads is odd, and queries and keys are to be half as wide."""
+    width = config.d_model // config.n_heads
+    if width % 2:
+        raise ValueError(
+            f"n_heads = {config.n_heads} makes heads of d_model / n_heads = {width} channels, which must be even, as "
+            f"queries and keys are half as wide: choose another number of heads ({flag(config, 'n_heads')}) or another "
+            f"width ({flag(config, 'd_model')})"
+        )
 
 
 def flag(config: ModelConfig | TrainConfig, name: str) -> str:

@@ -127,6 +127,41 @@ def test_every_setting_of_a_config_is_a_field(name):
     assert settings_that_are_no_fields(MODELS[name].Config) == []
 
 
+MAY_BE_ZERO = {
+    *("n_global", "n_random", "n_shared_experts", "n_dense_layers", "n_mtp"),  # parts that may be absent
+    *("attention_offset", "expert_offset", "mask_token"),  # numbers of a layer and of a token
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_size_of_0_or_below_is_refused_by_its_name_and_flag(name):
+    """By the Config or when the model is made, which is before any data is read."""
+    Model = MODELS[name]
+    for field, hint in get_type_hints(Model.Config).items():
+        if hint not in (int, int | None) or field == "mask_seed":
+            continue
+        absent = field in MAY_BE_ZERO or (name, field) == ("granitemoehybrid", "n_experts")  # 0: a dense layer
+        for value in (-1,) if absent else (0, -1):
+            with pytest.raises(ValueError, match=rf"\b{field} = {value}\b") as error, torch.device("meta"):
+                Model(Model.Config(**Model.Config.small | {field: value}))
+            assert "--model." + field.replace("_", "-") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, sizes, message",
+    [
+        ("hybrid", dict(n_attention_heads=3), "n_attention_heads = 3 does not divide .*--model.n-attention-heads"),
+        ("gated_linear_attention", dict(d_model=12, n_heads=12), "n_heads = 12 .* = 1 .*even.*--model.n-heads"),
+        ("gated_linear_attention", dict(d_model=100, n_heads=4), "n_heads = 4 .* = 25 .*even.*--model.d-model"),
+        ("gated_delta_net", dict(d_model=12, n_heads=12), "n_heads = 12 .* = 1 .*even.*--model.n-heads"),
+        ("hybrid", dict(d_model=12, n_heads=12, n_attention_heads=4), "n_heads = 12 .* = 1 .*even.*--model.n-heads"),
+    ],
+)
+def test_heads_into_which_the_width_does_not_go_are_refused(name, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(name, **sizes)
+
+
 def test_a_setting_without_an_annotation_is_found():
     @dataclass(frozen=True)
     class Config(ModelConfig):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from llm.config import check_not_negative, check_positive
 from llm.models.baseline import Baseline
 from llm.modules.attention.big_bird import BigBird as BigBirdMask
 from llm.modules.attention.multi_head import MultiHeadAttention
@@ -37,6 +38,8 @@ class BigBird(Baseline):
 
         def __post_init__(self):
             super().__post_init__()
+            check_positive(self, "block_size", "n_window")
+            check_not_negative(self, "n_global", "n_random")
             self.mask(layer=0)
 
         def mask(self, layer: int) -> BigBirdMask:

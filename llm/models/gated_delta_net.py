@@ -9,13 +9,27 @@ attention.
 Gallery: docs/gallery/index.html#gated_delta_net
 """
 
+from dataclasses import dataclass
+
 from torch import nn
 
+from llm.config import check_even_heads
 from llm.models.delta_net import DeltaNetDecoder
 from llm.modules.recurrent.delta import GatedDeltaNet
 
 
 class GatedDeltaNetDecoder(DeltaNetDecoder):
+    @dataclass(frozen=True)
+    class Config(DeltaNetDecoder.Config):
+        """17.7 M parameters by default, 5.1 M of them the embedding."""
+
+        n_heads: int = 4
+        """Heads; must divide d_model, into an even width."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            check_even_heads(self)
+
     def make_mixer(self, layer: int) -> nn.Module:
         c = self.config
         return GatedDeltaNet(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from llm.config import check_even_heads
 from llm.models.nope import NoPEDecoder
 from llm.modules.recurrent.gated_linear_attention import GatedLinearAttention
 
@@ -23,6 +24,10 @@ class GatedLinearAttentionDecoder(NoPEDecoder):
 
         n_heads: int = 4
         """Heads; must divide d_model, into an even width."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            check_even_heads(self)
 
     def make_mixer(self, layer: int) -> nn.Module:
         c = self.config

@@ -13,7 +13,7 @@ Gallery: docs/gallery/index.html#loss_free_balancing
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from llm.config import check_positive
+from llm.config import check_not_negative, check_positive
 from llm.models.baseline import Baseline
 from llm.models.mixture_of_experts import MixtureOfExperts
 from llm.modules.ffn.router import Router, SigmoidRouter, check_routing
@@ -40,6 +40,7 @@ class LossFreeBalancing(MixtureOfExperts):
         def __post_init__(self):
             super().__post_init__()
             check_positive(self, "d_expert", "bias_update_speed")
+            check_not_negative(self, "n_shared_experts")
             check_routing(self.n_experts, self.top_k)
 
     def make_router(self) -> Router:

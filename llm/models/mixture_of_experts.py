@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from llm.config import check_positive
+from llm.config import check_not_negative, check_positive
 from llm.models.baseline import Baseline
 from llm.modules.ffn.mlp import MLP
 from llm.modules.ffn.moe import MoE, PlainExperts
@@ -45,6 +45,7 @@ class MixtureOfExperts(Baseline):
         def __post_init__(self):
             super().__post_init__()
             check_positive(self, "d_expert")
+            check_not_negative(self, "n_shared_experts")
             check_routing(self.n_experts, self.top_k)
 
     def make_router(self) -> Router:

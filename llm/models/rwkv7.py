@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from llm.config import check_positive
 from llm.models.nope import NoPEDecoder
 from llm.modules.blocks import Block
 from llm.modules.cache import Cache
@@ -41,6 +42,10 @@ class RWKV7(NoPEDecoder):
             "value_rank": 8,
             "gate_rank": 24,
         }
+
+        def __post_init__(self):
+            super().__post_init__()
+            check_positive(self, "decay_rank", "value_rank", "gate_rank")
 
     def make_norm(self) -> nn.Module:
         return LayerNorm(self.config.d_model, self.config.norm_eps)

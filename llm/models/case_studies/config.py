@@ -31,7 +31,7 @@ class GroupedConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "n_heads", "n_kv_heads", "d_ff")
+        check_positive(self, "n_heads", "n_kv_heads", "head_dim", "d_ff")
         check_divides(self, "n_kv_heads", "n_heads")
         if self.head_dim is None:
             check_divides(self, "n_heads", "d_model", " or say how wide a head is (--model.head-dim)")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from llm.config import ModelConfig, check_even, check_positive, flag
+from llm.config import ModelConfig, check_even, check_not_negative, check_positive
 from llm.models.transformer import Transformer
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.blocks import Block
@@ -68,9 +68,7 @@ class LatentExpertsConfig(ModelConfig):
         check_positive(self, "n_heads", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
         check_positive(self, "v_head_dim", "d_ff", "n_experts", "top_k", "d_expert")
         check_positive(self, "n_groups", "top_k_groups")
-        for name in ("n_dense_layers", "n_shared_experts"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative ({flag(self, name)})")
+        check_not_negative(self, "n_dense_layers", "n_shared_experts")
         check_routing(self.n_experts, self.top_k, self.n_groups, self.top_k_groups)
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from llm.config import check_positive, flag
+from llm.config import check_not_negative, check_positive
 from llm.models.case_studies.config import CaseStudyConfig, check_share, grouped_heads
 from llm.models.case_studies.deepseek_v2 import shared_and_routed
 from llm.models.transformer import Transformer
@@ -64,9 +64,7 @@ class GLM4MoE(Transformer):
             check_positive(self, "n_experts", "top_k", "d_expert", "n_groups", "top_k_groups")
             check_share(self, "partial_rotary_factor")
             check_routing(self.n_experts, self.top_k, self.n_groups, self.top_k_groups)
-            for name in ("n_dense_layers", "n_shared_experts"):
-                if getattr(self, name) < 0:
-                    raise ValueError(f"{name} = {getattr(self, name)} must not be negative ({flag(self, name)})")
+            check_not_negative(self, "n_dense_layers", "n_shared_experts")
 
     def make_block(self, layer: int) -> Block:
         c = self.config

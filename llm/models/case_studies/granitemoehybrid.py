@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from llm.config import check_positive, flag
+from llm.config import check_not_negative, check_positive
 from llm.models.case_studies.config import CaseStudyConfig, check_layer_types, grouped_heads
 from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
@@ -83,8 +83,7 @@ class GraniteMoEHybrid(Transformer):
             check_layer_types(self, LayerType.__args__)
             check_positive(self, "n_mamba_heads", "mamba_head_dim", "d_state", "n_state_groups", "d_conv")
             check_positive(self, "attention_multiplier", "logits_scaling")
-            if self.n_experts < 0:
-                raise ValueError(f"n_experts = {self.n_experts} must not be negative ({flag(self, 'n_experts')})")
+            check_not_negative(self, "n_experts")
             if self.n_experts:
                 check_routing(self.n_experts, self.top_k)
                 check_positive(self, "d_expert")
