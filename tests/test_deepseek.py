@@ -299,6 +299,19 @@ def test_the_loss_of_further_tokens_is_the_reports_formula_written_as_loops(toke
     torch.testing.assert_close(loss, parts_of_it["ce"] + parts_of_it["aux"], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3_2"])
+def test_a_module_without_a_token_to_predict_has_no_loss(name, tokens):
+    """Of two modules, the second has none in a window of 3 tokens, and the first has none in one of 2 either."""
+    two, one, none = (tiny_model(name, n_mtp=n) for n in (2, 1, 0))
+    for fewer in (one, none):
+        fewer.load_state_dict({name: x for name, x in two.state_dict().items() if name in fewer.state_dict()})
+    for length, fewer in ((3, one), (2, none)):
+        loss, parts = two.train().loss(tokens[:, :length])
+        expected, expected_parts = fewer.train().loss(tokens[:, :length])
+        torch.testing.assert_close((loss, parts), (expected, expected_parts), rtol=1e-12, atol=0)
+        loss.backward()
+
+
 def test_prediction_modules_are_those_of_transformers(tokens):
     modeling_layers = pytest.importorskip("transformers.modeling_layers")
     oracle = original(**V3, num_mtp_layers=2)

@@ -78,15 +78,19 @@ class DeepseekV3(Transformer):
         return shared_and_routed(c, SigmoidRouter(c.d_model, c.n_experts, c.top_k, **groups, **weights))
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The usual loss; in training, mtp_loss_coef times the mean loss of the prediction modules is part of `aux`."""
+        """The usual loss; in training, mtp_loss_coef times the mean loss of the prediction modules is part of `aux`. A
+        module that has no token to predict, in a window of few, has no loss."""
         if not (self.training and self.mtp):
             return super().loss(tokens)
         x = self.norm(self.hidden(tokens[:, :-1]))
         ce, later = self.head_loss(x, tokens[:, 1:]), []
         for k, module in enumerate(self.mtp, 1):
+            if x.shape[1] == 1:
+                break
             x = module(x[:, :-1], self.tok_embed(tokens[:, k:-1]))  # (B, T - k, D)
             later.append(self.head_loss(x, tokens[:, k + 1 :]))
-        return self.with_aux(ce, [self.config.mtp_loss_coef * torch.stack(later).mean(), *self.pop_losses()])
+        prediction = [self.config.mtp_loss_coef * torch.stack(later).mean()] if later else []
+        return self.with_aux(ce, [*prediction, *self.pop_losses()])
 
     def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Normed x (B, T, D) and targets (B, T) -> the mean cross-entropy in nats."""
