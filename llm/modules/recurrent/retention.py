@@ -6,8 +6,8 @@ A head with d = 1 - 2^-5 remembers about 32 tokens, one with 1 - 2^-8 about 256.
 the weights.
 
 RetNet        q and k are rotated (RoPE); d_h = 1 - 2^(-5 - h); a SiLU gate after the norm of each head
-Lightning     SiLU on q, k and v; d_h = exp(-slope_h (1 - layer / n_layers)) with ALiBi's slopes, so that deep layers
-              remember longer; one norm for all heads and a sigmoid gate (MiniMax-01)
+Lightning     SiLU on q, k and v; d_h = exp(-slope_h (1 - depth)) with ALiBi's slopes and depth = layer / (layers - 1),
+              so that deep layers remember longer; one norm for all heads and a sigmoid gate (MiniMax-01)
 
 Retentive Network: A Successor to Transformer for Large Language Models, arXiv 2307.08621; MiniMax-01: Scaling
 Foundation Models with Lightning Attention, arXiv 2501.08313. Blog: Linear attention.
@@ -56,7 +56,8 @@ class Retention(LinearAttention):
 
 
 class LightningAttention(LinearAttention):
-    """MiniMax-01's mixer: (B, T, d_model) -> (B, T, d_model). `depth` is layer / (n_layers - 1), from 0 to 1."""
+    """MiniMax-01's mixer: (B, T, d_model) -> (B, T, d_model). `depth` is layer / (n_layers - 1), from 0 to 1. As in
+    transformers, 1e-5 is added to 1 - depth: the last layer forgets, too, if hardly anything."""
 
     extra_values = 0
 
