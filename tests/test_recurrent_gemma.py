@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import assert_parity, assert_same_logits, original, rewrite
+from parity import assert_parity, assert_same_logits, draw_tokens, logits, original, rewrite, twins
 
 from llm.hub.maps import PUBLISHED, SIZES
 from llm.hub.tables import PretrainedError, read_config
@@ -29,6 +29,17 @@ CASES = {
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_logits_gradients_generation_and_export_are_those_of_transformers(tmp_path, config):
     assert_parity(tmp_path, "RecurrentGemmaForCausalLM", **config)
+
+
+@torch.no_grad()
+def test_a_padded_batch_gives_what_transformers_gives_each_text_alone(tmp_path):
+    """Not what it gives a padded batch, where its recurrence and its convolution read the padding, too."""
+    theirs, ours = twins(tmp_path, "RecurrentGemmaForCausalLM", **SMALL)
+    tokens, padding = draw_tokens(24, rows=3), torch.tensor([0, 5, 11])
+    cache = ours.make_cache(3, 24, padding)
+    found = torch.cat([ours(part, cache) for part in tokens.split([13, 1, 1, 9], 1)], 1)
+    for row, n in enumerate(padding):
+        torch.testing.assert_close(found[row, n:], logits(theirs, tokens[row : row + 1, n:])[0], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
