@@ -257,7 +257,13 @@ def long_text(model, n_tokens=STEP + 12, prompt=STEP - 8):
     return tokens, torch.stack(list(steps), 1), torch.stack(logits, 1)
 
 
-@pytest.mark.parametrize("name", ["baseline", "sliding_window", "streaming", "latent", "relative_position"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("baseline", "sliding_window", "streaming", "latent", "relative_position"),
+        *("gated_delta_net", "hybrid", "native_sparse", "block_mixture", "deepseek_v3_2"),
+    ],
+)
 def test_a_text_that_outgrows_its_cache_goes_on_as_if_recomputed(name):
     window = {"window_size": STEP + 40} if name in ("sliding_window", "streaming") else {}  # the ring grows, then turns
     model = tiny_model(name, **LONG, **window)
