@@ -104,10 +104,16 @@ def attend_to_text(
         added = written(bias, places)
         if flex_serves(q, k, added, sinks):
             return flex_attention(q, k, v, mask, scale, soft_cap, added, sinks)
-    return attend_to_long_text(q, k, v, mask, bias, scale, soft_cap, sinks) if long else None
+    if not long:
+        return None
+    inputs = q, k, v, mask, bias, scale, soft_cap, sinks
+    if torch.compiler.is_compiling():  # the blocks would be as many copies of one piece of code
+        from llm.modules.kernels.uncompiled import call_uncompiled  # takes seconds to import
+
+        return call_uncompiled(attend_to_long_text, *inputs)
+    return attend_to_long_text(*inputs)
 
 
-@torch.compiler.disable  # compiled, its blocks would be as many copies of one piece of code
 def attend_to_long_text(
     q: Tensor,
     k: Tensor,
