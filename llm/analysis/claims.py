@@ -254,7 +254,7 @@ CLAIMS = [
     Claim(
         "attention copies longer strings than a state-space model",
         "Repeat After Me, arXiv 2402.01032",
-        Probe("alibi", "copy"),
+        Probe("rope", "copy"),
         Probe("mamba2", "copy"),
     ),
     Claim(
