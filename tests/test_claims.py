@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from training import ROOT, script
 
-from llm.analysis.claims import CLAIMS, Arm, Claim, Probe, Reach, imbalance, judge
+from llm.analysis.claims import CLAIMS, Arm, Claim, Long, Probe, Reach, imbalance, judge
 from llm.config import TrainConfig
 from llm.models import MODELS
 
@@ -60,7 +60,7 @@ def test_a_probe_counts_at_its_best_rate_and_a_reach_is_what_is_lost_beyond_the_
     assert Probe("nope", "copy").result(rows) == {}
     lost = dict(model="rope", scaling=None, tuned=False, seed=2, loss=[3.0, 3.5, 4.25])
     none = lost | dict(seed=1, loss=[3.0, None, None])
-    assert Reach("rope").result([lost, none]) == {2: 1.25}
+    assert Reach("rope").result([lost, none]) == {2: 1.25} and Long("rope").result([lost, none]) == {2: 4.25}
     assert imbalance({"expert_load": [[0.25, 0.5, 0.125, 0.125]]}) == 2
     assert imbalance({"expert_load": [[0.5, 0.5], [0.75, 0.25]]}) == 1.5
 

@@ -16,7 +16,7 @@ import ladder
 import probe
 import tyro
 
-from llm.analysis.claims import CLAIMS, SEEDS, Arm, Best, Claim, Probe, Reach, Result, Side, judge
+from llm.analysis.claims import CLAIMS, SEEDS, Arm, Best, Claim, Long, Probe, Result, Side, judge
 from llm.analysis.results import at_best_rate, find, read_runs
 from llm.analysis.studies import Run, Study, complete
 from llm.console import console
@@ -57,7 +57,7 @@ def result(side: Side, claim: Claim, study: Study, rows: dict[str, list[dict]]) 
     """The outcome of a side by seed."""
     if isinstance(side, Probe):
         return side.result(rows["probes"])
-    if isinstance(side, Reach):
+    if isinstance(side, Long):
         return side.result(rows["context"])
     if isinstance(side, Best):
         place = study.description(Run(side.model, 0.0, 0, {"initialization": ladder.INITIALIZATION}, "flops"))
@@ -76,7 +76,7 @@ def described(side: Side) -> str:
         return f"{side.model} on `{side.task}`{length}"
     if isinstance(side, Best):
         return side.model
-    if isinstance(side, Reach):
+    if isinstance(side, Long):
         return ", ".join([side.model, *([side.scaling] if side.scaling else []), *(["tuned"] if side.tuned else [])])
     changes = [f"rate x {side.rate:g}"] if side.rate != 1 else []
     changes += [f"{name} = {value}" for name, value in side.settings.items()]
@@ -105,8 +105,9 @@ for accuracies (higher is better). "Holds" and "does not hold here" need a diffe
 
 Training runs: {tokens:,} tokens of stories at the ladder's size and the baseline's FLOPs, initialisation {init}.
 A model alone is the ladder's, at its best rate; one with settings has the rate {rate:g}, or as many times it as is
-said. Probes have the best of their rates. Long texts: `python train_scripts/extend_context.py`. The
-[experiments](experiments.md) say more.
+said. Probes have the best of their rates. Texts eight times as long as in training, by `python
+train_scripts/extend_context.py`: the loss at their end where one model is read in two ways; how much it has grown from
+the end of texts as long as in training where two models are compared. The [experiments](experiments.md) say more.
 
 """
 

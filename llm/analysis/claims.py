@@ -53,8 +53,8 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How much larger the loss is at the end of the longest texts than at the end of texts as long as in training."""
+class Long:
+    """The loss at the end of the longest texts, for one model read in different ways."""
 
     model: str
     scaling: str | None = None
@@ -62,10 +62,20 @@ class Reach:
 
     def result(self, rows: list[dict]) -> Result:
         found = find(rows, model=self.model, scaling=self.scaling, tuned=self.tuned)
-        return {row["seed"]: row["loss"][-1] - row["loss"][0] for row in found if None not in row["loss"]}
+        return {row["seed"]: self.of(row["loss"]) for row in found if None not in row["loss"]}
+
+    def of(self, loss: list[float]) -> float:
+        return loss[-1]
 
 
-Side = Best | Arm | Probe | Reach
+class Reach(Long):
+    """How much larger that loss is than at the end of texts as long as in training, for models that differ there."""
+
+    def of(self, loss: list[float]) -> float:
+        return loss[-1] - loss[0]
+
+
+Side = Best | Arm | Probe | Long
 Verdict = Literal["holds", "does not hold here", "cannot be told at this size", "not run yet"]
 
 
@@ -236,14 +246,14 @@ CLAIMS = [
     Claim(
         "after a short training on long texts, YaRN is better than linear interpolation",
         "YaRN, arXiv 2309.00071",
-        Reach("rope", "YaRN", tuned=True),
-        Reach("rope", "linear interpolation", tuned=True),
+        Long("rope", "YaRN", tuned=True),
+        Long("rope", "linear interpolation", tuned=True),
     ),
     Claim(
         "a window breaks without the first tokens and lives with them",
         "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
-        Reach("rope", "first tokens and window"),
-        Reach("rope", "window"),
+        Long("rope", "first tokens and window"),
+        Long("rope", "window"),
     ),
     Claim(
         "the delta rule recalls more pairs than retention",
