@@ -218,7 +218,7 @@ def draw(losses: Losses, path: Path, short: int) -> None:
     positions = [name for name in losses if name in POSITIONS]
     others = [name for name in losses if name not in (*scalings, *positions)]
     panels = [names for names in (positions, others, scalings) if names]
-    figure = new_figure(figsize=(5.2 * len(panels), 4.5), dpi=120, layout="constrained")
+    figure = new_figure(figsize=(5.2 * len(panels), 5.6), dpi=120, layout="constrained")
     for names, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
         for name in dict.fromkeys(("rope", *names)):
             points = [(i + 1, s[0]) for i, s in enumerate(losses.get(name, ())) if s]
@@ -227,7 +227,7 @@ def draw(losses: Losses, path: Path, short: int) -> None:
         axes.set_xlabel(f"text length, times the {short} tokens of training")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))  # below
     figure.axes[0].set_ylabel(f"eval loss of the last {short} tokens, nats per token")
     with replacing(path) as picture:
         figure.savefig(picture, format="png")
