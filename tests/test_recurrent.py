@@ -406,7 +406,6 @@ def test_a_kernel_is_believed_where_it_agrees_and_the_report_says_why_not(kind, 
 
     _, name = fla.KERNELS[kind, per_channel]
     monkeypatch.setattr(fla.importlib, "import_module", lambda path: SimpleNamespace(**{name: stand_in}))
-    fla.disbelief.cache_clear()
     assert fla.disbelief(kind, per_channel, cpu, torch.float32, (64, 32)) is None
     forms = dict(forms)
 
@@ -422,11 +421,9 @@ def test_a_kernel_is_believed_where_it_agrees_and_the_report_says_why_not(kind, 
 
     chunked = forms[kind]
     for form, reason in ((wrong_state, "wrong by"), (wrong_gradient, "wrong by"), (broken, "no such instruction")):
-        fla.disbelief.cache_clear()
         forms[kind] = form
         with pytest.warns(UserWarning, match=f"{kind}.*64, 64.*{reason}.*computed in chunks"):
             assert reason in fla.disbelief(kind, per_channel, cpu, torch.float32, (64, 64))
-    fla.disbelief.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,6 @@ KERNELS = {  # by the width of the decay: one for a head, or one for each channe
     ("delta_rule", False): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     ("delta_rule", True): ("fla.ops.kda", "chunk_kda"),
 }
-
-
 MIXERS = {  # by the name of the class: its recurrence, and whether the decay is one for each channel
     **dict.fromkeys(("LinearAttention", "Retention", "LightningAttention", "Mamba2"), ("linear_attention", False)),
     "GatedLinearAttention": ("linear_attention", True),
@@ -54,11 +52,19 @@ def kernel_report(model: nn.Module, device: torch.device, dtype: torch.dtype = t
 def fla_kernel(kind: str, inputs: tuple[Tensor, ...], log_decay: Tensor) -> Callable | None:
     """The kernel for these inputs, called as the chunked form is; None where there is none to believe."""
     k, v, per_channel = inputs[1], inputs[2], log_decay.shape[-1] > 1
-    if not v.is_cuda or why_not(kind, per_channel, v.device, v.dtype, (k.shape[-1], v.shape[-1])):
+    if not v.is_cuda:
         return None
-    return adapted(kind, per_channel)
+    place = kind, per_channel, v.device, v.dtype, (k.shape[-1], v.shape[-1])
+    if torch.compiler.is_compiling():  # which would trace the trial of the kernel
+        from llm.modules.kernels.uncompiled import call_uncompiled  # takes seconds to import
+
+        reason = call_uncompiled(why_not, *place)
+    else:
+        reason = why_not(*place)
+    return None if reason else adapted(kind, per_channel)
 
 
+@lru_cache
 def why_not(
     kind: str, per_channel: bool, device: torch.device, dtype: torch.dtype, widths: tuple[int, int] = (64, 64)
 ) -> str | None:
@@ -74,7 +80,6 @@ def why_not(
     return disbelief(kind, per_channel, device, dtype, widths)
 
 
-@lru_cache
 def disbelief(
     kind: str, per_channel: bool, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]
 ) -> str | None:
