@@ -433,8 +433,8 @@ def test_a_kernel_is_believed_where_it_agrees_and_the_report_says_why_not(kind, 
         ("lfm2", ""),
         ("mamba2", "linear_attention (decay by head): chunks, no CUDA device"),
         ("kimi_linear", "delta_rule (decay by channel): chunks, no CUDA device"),
-        ("rwkv7", "low_rank (decay by channel): chunks, for which no kernel is called here"),
-        ("jamba", "selective_scan (decay by channel): a loop over tokens, for which no kernel is called here"),
+        ("rwkv7", "low_rank (decay by channel): chunks, no kernel for it here"),
+        ("jamba", "selective_scan (decay by channel): a loop over tokens, no kernel for it here"),
     ],
 )
 def test_a_run_says_which_of_its_recurrences_have_a_kernel_and_why_not(name, kinds):

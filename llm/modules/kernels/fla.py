@@ -70,7 +70,7 @@ def why_not(
 ) -> str | None:
     """Why the kernel is not used for heads with these widths of keys and values; None where it is."""
     if (kind, per_channel) not in KERNELS:
-        return "for which no kernel is called here"
+        return "no kernel for it here"
     if device.type != "cuda":
         return "no CUDA device"
     if find_spec("fla") is None:
@@ -83,7 +83,8 @@ def why_not(
 def disbelief(
     kind: str, per_channel: bool, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]
 ) -> str | None:
-    """Why the kernel is not to be believed, which is also a warning; None where it is about as exact as the chunks."""
+    """Why the kernel is not trusted, which is also given as a warning; None where it is about as exact as the chunked
+    form."""
     try:
         error = largest_error(adapted(kind, per_channel), kind, per_channel, device, dtype, widths)
         usual = largest_error(CHUNKED[kind], kind, per_channel, device, dtype, widths)

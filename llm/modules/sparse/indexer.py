@@ -51,7 +51,7 @@ class SparseLatentAttention(LatentAttention):
     """Latent attention to the `index_top_k` tokens that `indexer` scores highest.
 
     index_loss_coef   weight of the indexer's loss in training
-    dense             the warm-up: all earlier tokens, for attention and for the loss; what is frozen, the model says
+    dense             the warm-up: all earlier tokens, for attention and for the loss; the model freezes the rest
 
     `options` are those of LatentAttention, except mask; there must be a q_lora_rank, whose latent the indexer reads.
     """
