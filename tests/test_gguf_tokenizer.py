@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 from test_gguf import write_gguf
+from tokenizers import pre_tokenizers
 
 from llm.data.vocabulary import train_bpe
 from llm.hub.gguf import GGUFFile
@@ -108,3 +109,39 @@ def test_a_byte_level_tokenizer_is_that_of_transformers(tmp_path, pre):
         expected = [token for part in parts for token in theirs(part)["input_ids"]]
         assert ours.encode(text).ids == expected, text
         assert (expected[:1] == [names.index("<|endoftext|>")]) == (pre == "llama-bpe" or text.startswith("<|end"))
+
+
+@pytest.mark.parametrize(
+    "pre, pieces",
+    [
+        ("gpt-4o", ["Hello", "World", " doesn't", " cost", " ", "123", "45", "/\n", " été", "ÀLA", "!?/"]),
+        ("lfm2", ["HelloWorld", " doesn", "'t", " cost", " ", "123", "45", "/\n", " étéÀLA", "!?/"]),
+        ("dbrx", ["HelloWorld", " doesn", "'t", " cost", " ", "123", "45", "/\n", " étéÀLA", "!?/"]),
+        ("qwen2", ["HelloWorld", " doesn", "'t", " cost", " ", *"12345", "/\n", " étéÀLA", "!?/"]),
+        ("olmo", ["HelloWorld", " doesn", "'t", " cost", " 12345", "/", "\n", " étéÀLA", "!?/"]),
+    ],
+)
+def test_the_rules_that_split_a_text_into_words(tmp_path, pre, pieces):
+    """By hand, from the regular expressions of o200k_base, Llama 3, Qwen2 and GPT-2. A token of LFM2 is a whole word
+    even where no merges make it, and its texts begin with the token of beginnings."""
+    names = [*bytes_alphabet(), "<s>", "HelloWorld", "zz"]
+
+    def add(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(names)
+        writer.add_token_merges(["z z"])
+        writer.add_token_types([NORMAL] * 256 + [CONTROL, NORMAL, NORMAL])
+        writer.add_bos_token_id(256)
+
+    _, file = write_gguf(tmp_path, "llama", False, add, vocab_size=len(names))
+    tokenizer = gguf_tokenizer(GGUFFile(file))
+    text = "".join(pieces)
+    assert [text[a:b] for _, (a, b) in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
+    whole = tokenizer.encode("HelloWorld").tokens
+    assert whole == (["<s>", "HelloWorld"] if pre == "lfm2" else list("HelloWorld"))
+
+
+def bytes_alphabet() -> list[str]:
+    """The 256 characters that stand for bytes."""
+    return sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -2,53 +2,46 @@
 
     model = load_pretrained("model.gguf")
 
-The package `gguf` (an extra: `uv sync --extra gguf`) reads the file and dequantises one tensor at a time. This module
-gives tensors and sizes the names that the same model has on the hub, so that llm/hub/maps/ reads both. llama.cpp turns
-neighbouring channels in files of `llama`, so the rows of queries and keys are reordered; it adds 1 to Gemma's gains.
+The package `gguf` (an extra: `uv sync --extra gguf`) reads the file and dequantises one tensor at a time, of stacked
+experts one expert. This module gives tensors and sizes the names that the same model has on the hub, so that
+llm/hub/maps/ reads both; llm/hub/gguf_layouts.py has the names.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llm.hub.folder import check_not_a_pointer
+from llm.hub.gguf_layouts import LAYOUTS, MIXTRAL, Layout
 from llm.hub.tables import PretrainedError
 
-MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-SIZES = {
-    "context_length": "max_position_embeddings",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "embedding_length": "hidden_size",
-    "rope.freq_base": "rope_theta",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
-NAMES = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-    "attn_output": "self_attn.o_proj",
-    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
-    **{f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"},
-    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-}
-ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+READ_ELSEWHERE = re.compile(
+    r"vocab_size|attention\.(value_length|causal|sliding_window_pattern)|rope\.(dimension_count|scaling\..*)|pooling_type"
+)
+"""Fields of an architecture that are no size of LAYOUTS and are checked or read, and the kind of an embedding."""
+YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+LONG, SHORT, DIVISORS = "rope_factors_long.weight", "rope_factors_short.weight", "rope_freqs.weight"
+
+
+class Stored(NamedTuple):
+    """Where a tensor of the hub is in the file."""
+
+    tensor: Any
+    """What the package `gguf` read, quantised."""
+    part: str
+    """Its name without `blk.N.`, which says how it was changed."""
+    expert: int | None
+    """Its place in a stack of experts."""
 
 
 class GGUFFile:
     """A GGUF file, which has the tensors of a hub folder under their published names, read one at a time.
 
     `config` are the fields of its config.json. Raises PretrainedError where the package `gguf` is missing, for a part
-    of a file or a note of Git LFS, and for an architecture, a scaling of RoPE or a tensor that is not known here.
+    of a file or a note of Git LFS, and for an architecture, a field or a tensor that is not known here.
     """
 
     def __init__(self, path: Path):
@@ -70,63 +63,137 @@ class GGUFFile:
                 "llama-gguf-split --merge FIRST_PART WHOLE.gguf, and name the whole file"
             )
         self.architecture = str(self.get("general.architecture"))
-        if self.architecture not in MODEL_TYPES:
-            known = ", ".join(MODEL_TYPES)
-            raise PretrainedError(f"{path} holds a {self.architecture!r}; of GGUF files, {known} are read")
+        self.layout = self.find_layout()
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.frequencies = tensors.pop("rope_freqs.weight", None)
-        self.tensors = {self.published_name(name): tensor for name, tensor in tensors.items()}
-        self.shapes = {name: tuple(map(int, reversed(x.shape))) for name, x in self.tensors.items()}
+        self.factors = {
+            name: [float(x) for x in tensors.pop(name).data.reshape(-1)]
+            for name in (LONG, SHORT, DIVISORS)
+            if name in tensors
+        }
+        self.tensors = {name: stored for tensor in tensors.values() for name, stored in self.published(tensor)}
         self.config = self.read_config()
+        self.shapes = {name: tuple(self.change(stored, meta(stored)).shape) for name, stored in self.tensors.items()}
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a field of the file's metadata."""
         return self.fields[name].contents() if name in self.fields else default
 
-    def published_name(self, name: str) -> str:
-        """The name of a tensor on the hub."""
-        stem, kind = name.rsplit(".", 1)
-        if stem in ENDS:
-            return f"{ENDS[stem]}.{kind}"
-        block, layer, part = stem.split(".", 2) if stem.count(".") == 2 else ("", "", stem)
-        feed_forward = "pre_feedforward" if self.architecture.startswith("gemma") else "post_attention"
-        known = NAMES | {"ffn_norm": f"{feed_forward}_layernorm"}
-        if block != "blk" or part not in known:
-            raise PretrainedError(f"{self.path} holds {name}, which a {self.architecture} here does not have")
-        return f"model.layers.{layer}.{known[part]}.{kind}"
+    def size(self, name: str, default: Any = None) -> Any:
+        """The value of a field of the architecture."""
+        return self.get(f"{self.architecture}.{name}", default)
+
+    def find_layout(self) -> Layout:
+        """How the file's architecture is stored. Mixtral is a `llama` with experts."""
+        if self.architecture not in LAYOUTS:
+            known = ", ".join(LAYOUTS)
+            raise PretrainedError(f"{self.path} holds a {self.architecture!r}; of GGUF files, {known} are read")
+        return MIXTRAL if self.architecture == "llama" and self.size("expert_count") else LAYOUTS[self.architecture]
+
+    def published(self, tensor: Any) -> list[tuple[str, Stored]]:
+        """The tensors of the hub that a tensor of the file holds: one, or one for each expert."""
+        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+?)(?:\.(weight|bias))?", tensor.name)
+        layer, stem, kind = found.groups()
+        part = stem if kind is None else f"{stem}.{kind}"
+        names = self.layout.names
+        template = names.get(part) or (f"{names[stem]}.{kind}" if kind and stem in names else None)
+        if template is None or ("{layer}" in template) != (layer is not None):
+            raise PretrainedError(f"{self.path} holds {tensor.name}, which a {self.architecture} here does not have")
+        if "{expert}" not in template:
+            return [(template.format(layer=layer), Stored(tensor, part, None))]
+        experts = range(int(tensor.shape[-1]))
+        return [(template.format(layer=layer, expert=i), Stored(tensor, part, i)) for i in experts]
 
     def read_config(self) -> dict[str, Any]:
         """The fields of config.json that the metadata say."""
-        found = {theirs: self.get(f"{self.architecture}.{ours}") for ours, theirs in SIZES.items()}
+        found = {theirs: self.size(ours) for ours, theirs in self.layout.sizes.items()}
         config = {name: value for name, value in found.items() if value is not None}
+        config |= {"model_type": self.layout.model_type, **self.layout.fixed}
+        ends = {f"{name}_token_id": self.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        embedding = self.tensors.get(f"{self.layout.names['token_embd']}.weight")
+        if embedding is None:
+            raise PretrainedError(f"{self.path} holds no token_embd.weight, the embedding: download it again")
+        config["vocab_size"] = int(embedding.tensor.shape[-1])
+        config["tie_word_embeddings"] = "lm_head.weight" not in self.tensors
+        self.check_fields()
+        if self.architecture not in ("gpt2", "mamba"):
+            self.read_attention(config)
+        return config | ends
+
+    def read_attention(self, config: dict[str, Any]) -> None:
+        """Add what the metadata say about heads, windows and RoPE."""
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        config |= {"model_type": MODEL_TYPES[self.architecture], "head_dim": width}
-        config["vocab_size"] = self.shapes["model.embed_tokens.weight"][0]
-        config["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
-        if self.architecture == "qwen2":
-            del config["head_dim"]
-        if self.architecture.startswith("gemma"):
+        turned = self.size("rope.dimension_count", width)
+        if self.architecture == "phi3":
+            config["partial_rotary_factor"] = turned / width
+            config["sliding_window"] = config.get("sliding_window") or None  # 0: no window
+        elif turned != width:
+            raise PretrainedError(f"{self.path} turns {turned} of the {width} channels of a head: all or none are read")
+        if self.size("attention.value_length", width) != width:
+            raise PretrainedError(f"{self.path} has values of another width than keys, {width}")
+        if self.architecture not in ("qwen2", "phi3", "lfm2"):
+            config["head_dim"] = width
+        if self.architecture in ("gemma2", "gemma3"):
             of_27b = self.architecture == "gemma2" and config["num_hidden_layers"] == 46
             heads = config["hidden_size"] // config["num_attention_heads"]
             config["query_pre_attn_scalar"] = heads if of_27b else width
-        if self.architecture.startswith("qwen"):
-            config.pop("sliding_window", None)
-        ends = {f"{name}_token_id": self.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-        return config | ends | {"rope_scaling": self.read_scaling(config["max_position_embeddings"])}
+        if isinstance(kv_heads := config.get("num_key_value_heads"), list):  # LFM2: 0 in layers with a convolution
+            config["full_attn_idxs"] = [layer for layer, n in enumerate(kv_heads) if n]
+            config["num_key_value_heads"] = max(kv_heads)
+        if windows := self.size("attention.sliding_window_pattern"):
+            config["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+            if self.architecture == "olmo2":
+                config["model_type"] = "olmo3"
+                config.setdefault("rope_local_base_freq", config["rope_theta"])
+        config["rope_scaling"] = self.read_scaling(config["max_position_embeddings"])
+
+    def check_fields(self) -> None:
+        """Raises PretrainedError for a field of the architecture that is set and not known here."""
+        prefix, left = f"{self.architecture}.", {}
+        for name in self.fields:
+            field = name.removeprefix(prefix)
+            if name.startswith(prefix) and field not in self.layout.sizes and not READ_ELSEWHERE.fullmatch(field):
+                left[name] = self.get(name)
+        listed = ", ".join(f"{name} = {value!r}" for name, value in left.items() if value)
+        if listed or self.size("attention.causal") is False:
+            listed = listed or f"{prefix}attention.causal = False"
+            raise PretrainedError(f"{self.path} sets {listed}, which this code does not know and would have to ignore")
 
     def read_scaling(self, length: int) -> dict[str, Any] | None:
-        """RoPE's scaling. Llama 3.1's bands are stored as the divisor of each frequency."""
-        if self.frequencies is not None:
-            divisors = [float(x) for x in self.frequencies.data.reshape(-1)]
-            lists = {"short_factor": divisors, "long_factor": divisors}
+        """RoPE's scaling. Llama 3.1's bands are stored as the divisor of each frequency, Phi-3's as two lists."""
+        original = self.size("rope.scaling.original_context_length", length)
+        if DIVISORS in self.factors:
+            lists = {"short_factor": self.factors[DIVISORS], "long_factor": self.factors[DIVISORS]}
             return {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0, **lists}
-        kind, prefix = self.get(f"{self.architecture}.rope.scaling.type"), f"{self.architecture}.rope.scaling."
+        if LONG in self.factors:
+            lists = {"short_factor": self.factors[SHORT], "long_factor": self.factors[LONG]}
+            found = {"rope_type": "longrope", "original_max_position_embeddings": original, **lists}
+            magnitude = self.size("rope.scaling.attn_factor")
+            return found if magnitude is None else found | {"attention_factor": magnitude}
+        kind = self.size("rope.scaling.type")
         if kind in (None, "none"):
             return None
         if kind not in ("linear", "yarn"):
             raise PretrainedError(f"{self.path} scales RoPE by {kind!r}: linear and yarn are read")
-        original = self.get(prefix + "original_context_length", length) if kind == "yarn" else None
-        return {"rope_type": kind, "factor": self.get(prefix + "factor"), "original_max_position_embeddings": original}
+        found = {"rope_type": kind, "factor": self.size("rope.scaling.factor")}
+        return found | self.read_yarn(original) if kind == "yarn" else found
+
+    def read_yarn(self, original: int) -> dict[str, Any]:
+        """YaRN's settings. GPT-OSS does not round the borders of its bands, which no field says.
+
+        Raises PretrainedError for a factor of the magnitude: llama.cpp's converter writes the one that stands in place
+        of YaRN's own (attention_factor) and the one that multiplies it (attn_factor) into the same field.
+        """
+        prefix = "rope.scaling."
+        factors = {
+            name: self.size(prefix + name) for name in ("attn_factor", "yarn_attn_factor", "yarn_log_multiplier")
+        }
+        listed = ", ".join(f"{name} = {value}" for name, value in factors.items() if value is not None)
+        if listed or self.size(prefix + "yarn_ext_factor", 1) != 1:
+            raise PretrainedError(f"{self.path} scales RoPE by yarn with {listed or 'yarn_ext_factor'}: not known here")
+        bands = {theirs: self.size(prefix + ours) for ours, theirs in YARN.items()}
+        exact = {"truncate": False} if self.architecture == "gpt-oss" else {}
+        known = {name: value for name, value in bands.items() if value is not None}
+        return {"original_max_position_embeddings": original, **known, **exact}
 
     def check_dtype(self, name: str) -> None:
         """Every kind of number in a GGUF file is dequantised."""
@@ -140,13 +207,21 @@ class GGUFFile:
         from gguf import dequantize
 
         stored = self.tensors[name]
-        x = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()).view(self.shapes[name])
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if self.architecture == "llama" and heads:
-            x = x.unflatten(0, (self.config[heads], -1, 2)).transpose(1, 2).flatten(0, 2)
-        elif self.architecture.startswith("gemma") and name.endswith("norm.weight"):
-            x = x - 1
-        return x.to(dtype)
+        data = stored.tensor.data if stored.expert is None else stored.tensor.data[stored.expert]
+        x = torch.from_numpy(dequantize(data, stored.tensor.tensor_type).copy())
+        return self.change(stored, x.view(meta(stored).shape)).to(dtype)
+
+    def change(self, stored: Stored, x: Tensor) -> Tensor:
+        """Undo what llama.cpp's converter did to the numbers."""
+        changes, stem = self.layout.changes, re.sub(r"\.(weight|bias)$", "", stored.part)
+        change = changes.get(stored.part) or changes.get(stem)
+        return change(x, self.config) if change else x
+
+
+def meta(stored: Stored) -> Tensor:
+    """A tensor without numbers in the shape in which the file holds it."""
+    shape = tuple(map(int, reversed(stored.tensor.shape)))
+    return torch.empty(shape if stored.expert is None else shape[1:], device="meta")
 
 
 def find_gguf(path: Path) -> Path | None:

@@ -13,7 +13,21 @@ DIGITS = r"\p{N}{1,3}"
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {"llama-bpe": WORDS.replace("DIGITS", DIGITS), "qwen2": WORDS.replace("DIGITS", r"\p{N}")}
+LETTERS, CLITICS = r"\p{Lm}\p{Lo}\p{M}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+CASED = (  # a word ends where a capital letter begins another
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{LETTERS}]*[\p{{Ll}}{LETTERS}]+{CLITICS}|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{LETTERS}]+[\p{{Ll}}{LETTERS}]*{CLITICS}|"
+    rf"{DIGITS}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "lfm2")
+"""Rules that keep a word whole where it is a token, and begin a text with the token of beginnings."""
+SPLITS = {
+    **dict.fromkeys((*LLAMA3, "dbrx", "smaug-bpe"), WORDS.replace("DIGITS", DIGITS)),
+    "qwen2": WORDS.replace("DIGITS", r"\p{N}"),
+    "gpt-4o": CASED,
+}
+GPT2 = ("default", "gpt-2", "olmo", "mpt", "phi-2")
+"""Rules that split as GPT-2 does."""
 UNKNOWN, SPECIAL, USER_DEFINED = 2, 3, 4  # kinds of tokens that are found where a text holds them written out
 
 
@@ -31,7 +45,8 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
         elif its_type == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
     bos = file.get("tokenizer.ggml.bos_token_id")
-    begins = file.get("tokenizer.ggml.add_bos_token", kind == "llama") and bos is not None
+    usual = kind == "llama" or file.get("tokenizer.ggml.pre") in LLAMA3
+    begins = file.get("tokenizer.ggml.add_bos_token", usual) and bos is not None
     special = [(tokens[bos], bos)] if begins else []
     first = f"{tokens[bos]} $A" if begins else "$A"
     tokenizer.post_processor = processors.TemplateProcessing(first, special_tokens=special)
@@ -57,16 +72,16 @@ def gguf_special_tokens(file: GGUFFile) -> dict[str, str]:
 def byte_level(file: GGUFFile, vocabulary: Mapping[str, int]) -> Tokenizer:
     pre = file.get("tokenizer.ggml.pre", "default")
     merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(dict(vocabulary), merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(dict(vocabulary), merges, ignore_merges=pre in LLAMA3))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if pre in SPLITS:
         steps = [pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated"), bytes_only]
     elif pre == "smollm":
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    elif pre in ("default", "gpt-2"):
+    elif pre in GPT2:
         steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     else:
-        known = ", ".join((*SPLITS, "smollm", "gpt-2"))
+        known = ", ".join((*SPLITS, "smollm", *GPT2))
         raise PretrainedError(f"{file.path} splits text by the rule {pre!r}: known are {known}")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()

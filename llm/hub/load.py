@@ -70,7 +70,7 @@ def build(
         with torch.device("meta"):
             model = Model(Model.Config(**ours))
     except ValueError as error:
-        raise PretrainedError(f"{path / CONFIG}: {error}") from None
+        raise PretrainedError(f"{path if path.is_file() else path / CONFIG}: {error}") from None
     with ExitStack() as stack:
         files = open_tensors(stack)
         steps = plan(published.rows(model.config), model.state_dict(), files.shapes)

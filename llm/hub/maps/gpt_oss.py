@@ -4,7 +4,7 @@ from typing import Any
 
 from llm.hub.maps.common import ENDS, MIXER, OURS, PRE_NORM, THEIRS, fields, read_layer_types, write_layer_types
 from llm.hub.rope import read_rope, write_rope
-from llm.hub.tables import Published, deinterleave, same, transpose
+from llm.hub.tables import Published, deinterleave, join, same, transpose
 from llm.models.case_studies.gpt_oss import GPTOSS
 
 YARN = dict(factor=32.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0, truncate=False)
@@ -24,6 +24,13 @@ def write(config: GPTOSS.Config) -> dict[str, Any]:
 
 
 EXPERTS, THEIR_EXPERTS = OURS + "ffn.experts.", THEIRS + "mlp.experts."
+ONE = THEIR_EXPERTS + "{expert}."
+ONE_BY_ONE = (  # as llm/hub/gguf_layouts.py names them: matrices (out, in), gate and up apart
+    (EXPERTS + "gate_up_proj[{expert}]", (ONE + "gate_proj.weight", ONE + "up_proj.weight"), join(2)),
+    (EXPERTS + "gate_up_proj_bias[{expert}]", (ONE + "gate_proj.bias", ONE + "up_proj.bias"), join(2)),
+    (EXPERTS + "down_proj[{expert}]", ONE + "down_proj.weight", same),
+    (EXPERTS + "down_proj_bias[{expert}]", ONE + "down_proj.bias", same),
+)
 PUBLISHED = {
     GPTOSS: Published(
         model_type="gpt_oss",
@@ -36,6 +43,7 @@ PUBLISHED = {
             (EXPERTS + "gate_up_proj_bias", THEIR_EXPERTS + "gate_up_proj_bias", deinterleave(-1)),
             (EXPERTS + "down_proj", THEIR_EXPERTS + "down_proj", transpose),
             (EXPERTS + "down_proj_bias", THEIR_EXPERTS + "down_proj_bias", same),
+            *ONE_BY_ONE,
             (OURS + "ffn.router.*", THEIRS + "mlp.router.*", same),
             MIXER,
         ),
