@@ -173,10 +173,32 @@ def test_rates_are_tried_until_one_solves_the_task_and_more_seeds_take_the_best(
     ] * 2
 
 
+def test_a_window_is_all_that_a_model_sees_of_a_longer_text():
+    """As long as the texts of training, a window changes nothing in training, so the two models learn the same."""
+    probe = script("probe")
+    settings = probe.Arguments(length=8, longer=(4,))
+    tokens = torch.randint(20, (2, 32), generator=torch.Generator().manual_seed(0))
+
+    def logits(name, tokens):
+        torch.manual_seed(0)
+        return probe.make_model(name, 20, settings)(tokens).detach()
+
+    windowed = logits("rope, window = 8", tokens)
+    torch.testing.assert_close(windowed[:, :8], logits("rope", tokens)[:, :8], rtol=0, atol=1e-6)
+    n_seen = 2 * 7 + 1  # by two layers
+    changed = tokens.clone()
+    changed[:, : 32 - n_seen] = 0
+    torch.testing.assert_close(windowed[:, -1], logits("rope, window = 8", changed)[:, -1], rtol=0, atol=1e-6)
+    assert (windowed[:, -1] - logits("rope", tokens)[:, -1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
         (["--models", "masked_diffusion"], "no causal model is called masked_diffusion; there are baseline"),
+        (["--models", "retnet, window = 8"], r"RetNet has no layer of attention with a mask, so Window\(size=8\)"),
+        (["--models", "rope, window = 0"], "size = 0"),
+        (["--models", "lstm, window = 8"], "lstm has no settings, and was given window"),
         (["--tasks", "sums"], "no task is called sums; there are recall"),
         (["--models", "rope", "--out", "."], "is a folder: name a file"),
     ],

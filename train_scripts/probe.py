@@ -2,6 +2,7 @@
 
     python train_scripts/probe.py --models baseline rope --tasks recall parity
     python train_scripts/probe.py --models delta_net "delta_net, max_beta = 2" --tasks parity
+    python train_scripts/probe.py --models rope "rope, window = 64" --tasks recall needle
     python train_scripts/probe.py --quick                                     # ten minutes
     python train_scripts/probe.py --report                                    # table and picture of what is there
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from llm.analysis.length import set_mask
 from llm.analysis.probes import TASKS, UNDECIDED, draw
 from llm.analysis.results import SOLVED, at_best_probe_rate, find, probe_accuracy, read_runs
 from llm.analysis.studies import side_by_side
@@ -35,6 +37,7 @@ from llm.config import TrainConfig
 from llm.console import console
 from llm.files import replacing, write_atomically
 from llm.models import MODELS
+from llm.modules.masks import Window
 from llm.training.curve import new_figure, try_to_draw
 from llm.training.device import find_machine
 from llm.training.optim import learning_rate, make_optimizer
@@ -52,7 +55,8 @@ class Arguments:
         *("baseline", "rope", "alibi", "nope", "sliding_window", "retnet", "delta_net", "gated_delta_net", "mamba2"),
         *("rwkv7", "hybrid", "native_sparse", "delta_net, max_beta = 2", LSTM),
     )
-    """Causal models of MODELS, or lstm. Settings may follow the name: "delta_net, max_beta = 2"."""
+    """Causal models of MODELS, or lstm. Settings may follow the name: "delta_net, max_beta = 2". `window` gives every
+    layer of attention a window of so many tokens: "rope, window = 64"."""
     tasks: tuple[str, ...] = tuple(TASKS)
     """Names of llm/analysis/probes.py."""
     rates: tuple[float, ...] = (1e-2, 5e-3, 2e-2)
@@ -112,14 +116,20 @@ class Lstm(nn.Module):
 
 def make_model(name: str, vocab_size: int, a: Arguments) -> nn.Module:
     """A model at the size of the probes, with a context for the longest texts."""
-    if name == LSTM:
-        return Lstm(vocab_size, a.d_model, a.n_layers)
     name, settings = name_and_settings(name)
+    if name == LSTM:
+        if settings:
+            raise ValueError(f"{LSTM} has no settings, and was given {', '.join(settings)} (--models)")
+        return Lstm(vocab_size, a.d_model, a.n_layers)
+    window = settings.pop("window", None)
     Config = MODELS[name].Config
     widths = {key: Config.small[key] * a.d_model // Config.small["d_model"] for key in ("d_ff",) if key in Config.small}
     context = {"max_seq_len": max(a.longer) * a.length, "vocab_size": vocab_size}
     sizes = {"d_model": a.d_model, "n_layers": a.n_layers, "initialization": "truncated_normal"}
-    return MODELS[name](Config(**{**Config.small, **widths, **context, **sizes, **settings}))
+    model = MODELS[name](Config(**{**Config.small, **widths, **context, **sizes, **settings}))
+    if window is not None:
+        set_mask(model, Window(window))
+    return model
 
 
 def name_and_settings(text: str) -> tuple[str, dict[str, Any]]:

@@ -293,6 +293,12 @@ CLAIMS = [
         Probe("sliding_window", "needle", 4),
     ),
     Claim(
+        "selection of blocks recalls pairs that lie beyond a window",
+        "Native Sparse Attention, arXiv 2502.11089",
+        Probe("native_sparse", "recall", 4),
+        Probe("rope, window = 64", "recall", 4),
+    ),
+    Claim(
         "two layers of attention find what followed last time, one layer does not",
         "In-context Learning and Induction Heads, arXiv 2209.11895",
         Probe("rope", "induction"),

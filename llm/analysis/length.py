@@ -39,10 +39,14 @@ def windows_of(width: int) -> dict[str, Mask]:
 
 
 def set_mask(model: nn.Module, mask: Mask) -> None:
-    """Let every attention layer of the model see what the mask shows."""
-    for module in model.modules():
-        if isinstance(module, MultiHeadAttention):
-            module.mask = mask
+    """Let every attention layer of the model see what the mask shows. Raises ValueError where the model has none."""
+    layers = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layer of attention with a mask, so {mask} changes nothing in it"
+        )
+    for layer in layers:
+        layer.mask = mask
 
 
 def set_scaling(model: nn.Module, scaling: Scaling | None) -> None:
