@@ -4,9 +4,10 @@ A block of queries Q_i is given the blocks of keys that some of its queries see,
 
     O_i = softmax(scale Q_i K[seen_i]^T + mask_i) V[seen_i]
 
-Blocks of queries that see equally many blocks of keys make a batch for PyTorch's fused kernel. The cost is what the
-mask shows, up to the border of a block. A key is copied for each block of queries that sees it; query_blocks.py has no
-copies, but computes one block after the other. Blog: Attention, sparse attention.
+PyTorch's fused kernel computes many blocks of queries at once: those that share mask_i, which is most of them, in one
+call, and the others in a second one. The cost is what the mask shows, up to the border of a block. A key is copied for
+each block of queries that sees it; query_blocks.py has no copies, but computes one block after the other.
+Blog: Attention, sparse attention.
 """
 
 import math
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
     seen: Tensor
     """(N, J): which blocks of keys each sees."""
     shown: Tensor
-    """(N, queries, J keys): True where the query sees the key."""
+    """(N, queries, J keys): True where the query sees the key; (1, queries, J keys) where that is the same for all."""
 
 
 def gathering_serves(q: Tensor, mask: Mask, sinks: Tensor | None) -> bool:
@@ -41,7 +42,7 @@ def gathering_serves(q: Tensor, mask: Mask, sinks: Tensor | None) -> bool:
     if q.device.type != "cpu" or q.dtype is torch.bfloat16 or sinks is not None:
         return False
     length = q.shape[2]
-    scored = sum(batch.shown.numel() for batch in batches(length, mask)) / length
+    scored = sum(len(batch.rows) * batch.shown[0].numel() for batch in batches(length, mask)) / length
     return scored <= MOST_SCORES * mean_scored(length, mask)
 
 
@@ -69,7 +70,7 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
 
     parts = []
     for rows, seen, shown in batches(length, mask):
-        shown = shown[:, None].repeat(n_texts, 1, 1, 1)
+        shown = shown[:, None] if len(shown) == 1 else shown[:, None].repeat(n_texts, 1, 1, 1)
         shared = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
             gather(q, rows[:, None]), gather(k, seen), gather(v, seen), attn_mask=shown, scale=scale, enable_gqa=shared
@@ -81,17 +82,30 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
 
 @lru_cache(maxsize=32)
 def batches(length: int, mask: Mask) -> list[Batch]:
-    """The batches of a text of `length` tokens, its last block filled up."""
+    """The batches of a text of `length` tokens, its last block filled up: a batch for the blocks of queries that most
+    often see the same part of their keys, and one for all others."""
     n_queries, n_keys = block_sizes(mask)
-    alike: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # by the number of blocks of keys
+    alike: dict[tuple[int, bytes], list[tuple[int, Tensor, Tensor]]] = {}
     for row, start in enumerate(range(0, length, n_queries)):
         first = max(0, start + 1 - int(min(mask.reach, length))) // n_keys
         end = start + n_queries
         queries, keys = (torch.arange(begin, end, device="cpu") for begin in (start, first * n_keys))
         visible = mask.visible(queries[:, None], keys).unflatten(1, (-1, n_keys))
         seen = visible.any(2).any(0).nonzero()[:, 0]
-        alike.setdefault(len(seen), []).append((row, first + seen, visible[:, seen].flatten(1)))
-    return [
-        Batch(torch.tensor(rows, device="cpu"), torch.stack(seen), torch.stack(shown))
-        for rows, seen, shown in (zip(*blocks, strict=True) for blocks in alike.values())
+        shown = visible[:, seen].flatten(1)
+        alike.setdefault((len(seen), shown.numpy().tobytes()), []).append((row, first + seen, shown))
+    most, *others = sorted(alike.values(), key=len, reverse=True)
+    rest = [block for blocks in others for block in blocks]
+    found = [
+        Batch(torch.tensor([row for row, *_ in most]), torch.stack([seen for _, seen, _ in most]), most[0][2][None])
     ]
+    return [*found, filled_up(rest, n_keys)] if rest else found
+
+
+def filled_up(blocks: list[tuple[int, Tensor, Tensor]], n_keys: int) -> Batch:
+    """A batch of blocks that see different numbers of blocks of keys: the missing ones are hidden."""
+    most = max(len(seen) for _, seen, _ in blocks)
+    missing = [most - len(seen) for _, seen, _ in blocks]
+    seen = torch.stack([F.pad(block[1], (0, n)) for block, n in zip(blocks, missing, strict=True)])
+    shown = torch.stack([F.pad(block[2], (0, n * n_keys)) for block, n in zip(blocks, missing, strict=True)])
+    return Batch(torch.tensor([row for row, *_ in blocks]), seen, shown)
