@@ -274,6 +274,12 @@ def test_experts_in_four_bits_are_read_one_by_one(tmp_path):
         ("mamba", lambda w: w.add_uint32("mamba.ssm.group_count", 2), r"sets mamba\.ssm\.group_count = 2"),
         ("gpt-oss", lambda w: w.add_rope_scaling_yarn_attn_factor(1.0), r"by yarn with yarn_attn_factor = 1\.0"),
         ("gpt-oss", lambda w: w.add_rope_scaling_yarn_ext_factor(0.5), r"by yarn with yarn_ext_factor"),
+        (
+            "llama",
+            lambda w: w.add_array("llama.feed_forward_length", [64, 64, 48]),
+            r"feed_forward_length = \[64, 64, 48\]",
+        ),
+        ("llama", lambda w: w.kv_data[0].pop("llama.block_count"), r"does not say its block_count: download it again"),
         ("llama", lambda w: w.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((4, 32), np.float32)), "does not have"),
         ("llama", lambda w: w.add_tensor("blk.0.output.weight", np.ones((4, 32), np.float32)), "does not have"),
     ],
@@ -282,6 +288,18 @@ def test_what_would_change_the_result_unseen_is_refused_by_name(tmp_path, family
     _, file = write_gguf(tmp_path, family, False, add)
     with pytest.raises(PretrainedError, match=message):
         load_pretrained(file)
+
+
+def test_a_size_may_be_given_for_each_layer_and_windows_by_their_period(tmp_path):
+    def add(writer):
+        writer.kv_data[0].pop("olmo2.attention.sliding_window_pattern")
+        writer.add_uint32("olmo2.attention.sliding_window_pattern", 2)
+        writer.add_array("olmo2.attention.head_count_kv", [2, 2, 2])
+
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    theirs, file = write_gguf(tmp_path, "olmo3", False, add, layer_types=types)
+    tokens = draw_tokens(40)
+    torch.testing.assert_close(load_pretrained(file)(tokens).detach(), logits(theirs, tokens), rtol=0, atol=2e-5)
 
 
 def test_a_folder_with_one_file_is_read_and_others_are_named(tmp_path):
