@@ -270,7 +270,6 @@ def test_notes_of_other_programs_and_a_stale_index_change_nothing(tmp_path):
             {"partial_rotary_factor": 0.5},
             r"partial_rotary_factor = 0.5: this model turns whole heads",
         ),
-        ("LlamaForCausalLM", {"rope_parameters": YARN | {"attn_factor": 2.0}}, "attn_factor = 2.0.*attention_factor"),
         ("LlamaForCausalLM", {"rope_parameters": YARN | {"beta_slow": 40.0}}, "beta_slow = 40.0"),
         ("Qwen2ForCausalLM", {"layer_types": [LOCAL] * 3}, "use_sliding_window = False.*how long the window is"),
         ("Qwen2ForCausalLM", {"use_sliding_window": 1}, "use_sliding_window"),
@@ -285,6 +284,14 @@ def test_a_setting_that_changes_the_result_is_an_error_that_names_it(tmp_path, a
     rewrite(tmp_path, **fields)
     with pytest.raises(PretrainedError, match=says):
         load_pretrained(tmp_path)
+
+
+def test_attn_factor_is_passed_over_with_a_warning_as_in_transformers(tmp_path):
+    theirs = original("LlamaForCausalLM", rope_parameters=YARN | {"attn_factor": 2.0})
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"attn_factor = 2\.0, which is passed over, as transformers does"):
+        ours = load_pretrained(tmp_path)
+    assert_same_logits(theirs, ours)
 
 
 # Sizes

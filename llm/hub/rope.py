@@ -12,6 +12,7 @@ The original length is original_max_position_embeddings, or max_position_embeddi
 (and for dynamic always). `load_pretrained(path, max_seq_len=..)` and `--max-seq-len` of generate set another one.
 """
 
+import warnings
 from typing import Any
 
 from llm.hub.tables import check_kind
@@ -109,16 +110,18 @@ def normalise(settings: dict[str, Any], default_theta: float, max_length: int) -
 
 
 def complete(settings: dict[str, Any], max_length: int) -> None:
-    """Add the factor where it follows from two lengths, and take away `attn_factor` where it changes nothing."""
+    """Add the factor where it follows from two lengths, and take away `attn_factor`, as transformers does."""
     original = settings[LENGTH]
     check_kind(LENGTH, original)
     if original > 0:
         settings.setdefault("factor", max_length / original)
     factor = settings.pop("attn_factor", 1.0)
+    check_kind("attn_factor", factor, float)
     if factor != 1:
-        raise ValueError(
-            f"attn_factor = {factor}: transformers passes over it, the first YaRN code multiplies by it. Say what is "
-            "meant with attention_factor, which multiplies cosines and sines"
+        warnings.warn(
+            f"config.json sets attn_factor = {factor}, which is passed over, as transformers does; the first YaRN code "
+            "multiplies by it. attention_factor, which multiplies cosines and sines, says what is meant",
+            stacklevel=2,
         )
 
 
