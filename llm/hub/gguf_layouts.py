@@ -28,7 +28,7 @@ class Layout:
     """The model_type of config.json."""
     names: Mapping[str, str]
     """The name in the file without `blk.N.` and the kind (`.weight`, `.bias`) -> the name on the hub without the kind.
-    Names with the kind come first, where the hub has none."""
+    A key with the kind stands for a tensor whose name on the hub has no kind."""
     sizes: Mapping[str, str]
     """Fields of the file -> fields of config.json."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -37,7 +37,8 @@ class Layout:
 
 
 def turn(heads: str) -> Change:
-    """Of each head of `heads` channels llama.cpp rotates neighbours, and the hub the first half with the second."""
+    """Rows of queries or keys, whose number of heads is the field `heads` of config.json, in the hub's order: llama.cpp
+    rotates neighbouring channels of a head, the hub a channel of the first half with one of the second."""
 
     def change(x: Tensor, config: Mapping[str, Any]) -> Tensor:
         return x.unflatten(0, (config[heads], -1, 2)).transpose(1, 2).flatten(0, 2)
