@@ -74,6 +74,14 @@ def test_products_apply_one_permutation_after_the_other(name, n):
             assert elements[target] == tuple(things)
 
 
+def test_s5_swaps_neighbours_and_reaches_all_permutations():
+    elements = list(permutations(range(5)))
+    tokens, targets = draw(TASKS["s5"], 1, 2, 256, LENGTH)
+    moved = [[i for i in range(5) if elements[token][i] != i] for token in tokens.unique().tolist()]
+    assert sorted(moved) == [[0, 1], [1, 2], [2, 3], [3, 4]]
+    assert len(targets.unique()) == 120
+
+
 def test_permutations_form_a_group_that_does_not_commute():
     table = multiplication_table(3)
     assert torch.equal(table[0], torch.arange(6)) and torch.equal(table[:, 0], torch.arange(6))

@@ -11,14 +11,16 @@ the share of targets that it predicts. The papers are named below the table:
 | selective_copy | symbols among blanks, then in order      | the symbols             | a choice of what to store     |
 | copy           | a string, then the string again          | the string              | memory as long as the text    |
 | parity         | bits                                     | their sum so far, mod 2 | a state that flips            |
-| s3, s5         | permutations of 3 or 5 things            | their product so far    | a state that does not commute |
+| s3             | permutations of 3 things                 | their product so far    | a state that does not commute |
+| s5             | swaps of neighbours among 5 things       | their product so far    | the same, 120 states          |
 | needle         | a fact far before its question           | the answer              | reach                         |
 | induction      | different tokens, then one of them again | the one after it        | two layers, or a convolution  |
 | nested         | brackets of two kinds                    | the closing kinds       | a stack                       |
 
 Zoology, arXiv 2312.04927 (recall); MAD, arXiv 2403.17844 (noisy and fuzzy recall); Mamba, arXiv 2312.00752 (selective
 copy); Repeat After Me, arXiv 2402.01032 (copy); The Illusion of State in State-Space Models, arXiv 2404.08819
-(permutations); In-context Learning and Induction Heads, arXiv 2209.11895 (induction).
+(permutations); Unlocking State-Tracking in Linear RNNs, arXiv 2411.12537 (their swaps); In-context Learning and
+Induction Heads, arXiv 2209.11895 (induction).
 """
 
 from collections.abc import Callable
@@ -106,12 +108,14 @@ def with_copy(first: Tensor, again: Tensor, separator: int) -> Texts:
     return next_tokens(text, (torch.arange(text.shape[1]) > first.shape[1]).expand_as(text))
 
 
-def products(generator: Generator, batch_size: int, length: int, table: Tensor) -> Texts:
+def products(generator: Generator, batch_size: int, length: int, table: Tensor, drawn: Tensor | None = None) -> Texts:
     """Elements g_1, g_2, .. of a group; the target after g_t is g_1 g_2 .. g_t. table[a, b] = a b; 0 is the identity.
 
-    The products are not among the tokens: a model that could read the last product would need no state.
+    The products are not among the tokens: a model that could read the last product would need no state. The tokens are
+    all elements, or those that are in `drawn`.
     """
-    elements = randint(generator, len(table), batch_size, length)
+    drawn = torch.arange(len(table)) if drawn is None else drawn
+    elements = drawn[randint(generator, len(drawn), batch_size, length)]
     total, found = torch.zeros(batch_size, dtype=torch.int64), []
     for t in range(length):
         total = table[total, elements[:, t]]
@@ -124,6 +128,13 @@ def multiplication_table(n: int) -> Tensor:
     elements = list(all_permutations(range(n)))
     number = {element: i for i, element in enumerate(elements)}
     return torch.tensor([[number[tuple(b[i] for i in a)] for b in elements] for a in elements])
+
+
+def adjacent_swaps(n: int) -> Tensor:
+    """The n - 1 permutations of n things that swap two neighbours: products of these give all others."""
+    numbers = {element: i for i, element in enumerate(all_permutations(range(n)))}
+    things = range(n)
+    return torch.tensor([numbers[(*things[:i], i + 1, i, *things[i + 2 :])] for i in range(n - 1)])
 
 
 def needle(generator: Generator, batch_size: int, length: int, n_symbols: int, distance: int | None = None) -> Texts:
@@ -179,7 +190,7 @@ TASKS = {
     "copy": Task(partial(copy, n_symbols=30), 31, 1 / 30),
     "parity": Task(partial(products, table=FLIP), 2, 1 / 2),
     "s3": Task(partial(products, table=S3), 6, 1 / 6),
-    "s5": Task(partial(products, table=S5), 120, 1 / 120),
+    "s5": Task(partial(products, table=S5, drawn=adjacent_swaps(5)), 120, 1 / 120, 1500),
     "needle": Task(partial(needle, n_symbols=16), 33, 1 / 16),
     "induction": Task(partial(induction, n_symbols=256), 256, 1 / 256, 1500),
     "nested": Task(nested, 5, 1 / 2),
