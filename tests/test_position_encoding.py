@@ -7,9 +7,10 @@ from importlib import import_module
 import pytest
 import torch
 from conftest import VOCABULARY, redraw, tiny_model
+from torch.nn import functional as F
 from training import script, write_corpus
 
-from llm.analysis.length import loss_as_texts_grow, loss_by_position, scalings, set_scaling
+from llm.analysis.length import loss_as_texts_grow, scalings, set_scaling
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.cache import Places
 from llm.modules.position_encoding.alibi import ALiBi, alibi_slopes
@@ -510,25 +511,24 @@ def test_every_encoding_runs_in_bf16_under_autocast(name):
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
 
 
-def loss_with(model, windows, scaling):
-    set_scaling(model, scaling)
-    return loss_by_position(model, windows)
-
-
-def test_each_stretch_is_read_at_the_end_of_a_text_that_ends_there():
+def test_the_same_last_tokens_are_scored_as_the_text_before_them_grows():
     """Only dynamic NTK looks at the length: as far as trained it does nothing, at the full one what NTK-aware does."""
     model = tiny_model("rope")
     windows = torch.randint(VOCABULARY, (3, 65), generator=torch.Generator().manual_seed(0))
+
+    def at_the_end(way, length):
+        set_scaling(model, way)
+        logits = model(windows[:, 64 - length : 64])
+        return F.cross_entropy(logits[:, -16:].transpose(1, 2), windows[:, -16:]).item()
+
     ways = {"no scaling": None, **scalings(16, 64)}
-    at_once = {name: loss_with(model, windows, way).split(16) for name, way in ways.items()}
     grown = {name: set_scaling(model, way) or loss_as_texts_grow(model, windows, 16) for name, way in ways.items()}
     dynamic = grown.pop("dynamic NTK")
     for name, losses in grown.items():
-        assert losses == pytest.approx([part.mean().item() for part in at_once[name]], rel=1e-5)
-    halfway = loss_with(model, windows, NTKAware(2.0)).split(16)
-    for n, losses in [(0, at_once["no scaling"]), (1, halfway), (3, at_once["NTK-aware"])]:
-        assert dynamic[n] == pytest.approx(losses[n].mean().item(), rel=1e-5)
-    assert dynamic[0] != pytest.approx(at_once["NTK-aware"][0].mean().item(), rel=1e-3)
+        assert losses == pytest.approx([at_the_end(ways[name], length) for length in (16, 32, 48, 64)], rel=1e-5)
+    for n, way in [(0, None), (1, NTKAware(2.0)), (3, ways["NTK-aware"])]:
+        assert dynamic[n] == pytest.approx(at_the_end(way, 16 * (n + 1)), rel=1e-5)
+    assert dynamic[0] != pytest.approx(at_the_end(ways["NTK-aware"], 16), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
@@ -544,8 +544,8 @@ def test_the_script_writes_rows_table_and_picture_and_goes_on(tmp_path, monkeypa
     assert (tmp_path / "context.jsonl").read_text(encoding="utf-8").startswith(first)
     text = (tmp_path / "context.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
-    header, _, *lines = text.splitlines()
-    assert header == "| | 0 to 15 | 16 to 31 | 32 to 47 |"
+    header, _, *lines, _, origin = text.splitlines()
+    assert header == "| text of | 16 | 32 | 48 |" and "1,024 tokens of training each" in origin
     rows = {name: losses for name, *losses in (line.strip("| ").split(" | ") for line in lines)}
     read = ["rope", *(f"rope, {name}" for name in script_module.SCALINGS)]
     through = ["rope, window", "rope, first tokens and window"]

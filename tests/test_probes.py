@@ -165,7 +165,7 @@ def test_rates_are_tried_until_one_solves_the_task_and_more_seeds_take_the_best(
     fails = {"model": "alibi", "rate": 1e-2, "seed": 1}.items()  # the only one that does not reach the same
 
     def train(run, a):
-        return {"1": 0.2 if fails <= run.items() else reached[run["model"], run["rate"]]}
+        return {"accuracy": {"1": 0.2 if fails <= run.items() else reached[run["model"], run["rate"]]}}
 
     monkeypatch.setattr(probe, "train", train)
     monkeypatch.setattr(probe, "report", lambda found, a: None)
@@ -179,6 +179,26 @@ def test_rates_are_tried_until_one_solves_the_task_and_more_seeds_take_the_best(
     assert [run["rate"] for run in probe.at_best_probe_rate(run for run in runs if run["model"] == "alibi")] == [
         5e-3
     ] * 2
+
+
+def test_every_causal_model_can_be_named_and_a_hybrid_of_two_layers_has_both_kinds():
+    probe = script("probe")
+    with torch.device("meta"):
+        for name in probe.MODEL_NAMES:
+            probe.make_model(name, 64, probe.Arguments())
+        hybrid = probe.make_model("hybrid", 64, probe.Arguments())
+    assert [type(block.mixer).__name__ for block in hybrid.blocks] == ["GatedDeltaNet", "MultiHeadAttention"]
+
+
+def test_the_needle_is_asked_for_at_each_distance(tmp_path):
+    probe, out = script("probe"), tmp_path / "runs.jsonl"
+    flags = ["--tasks", "needle", "--models", "nope", "--rates", "1e-2", "--longer", "1", "3", "--out", str(out)]
+    probe.main(["--processes", "1", "--steps", "2", "--length", "8", "--batch-size", "2", *flags])
+    (run,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert list(run["accuracy_at_distance"]) == ["1", "4", "16"]  # of 24 tokens
+    assert (tmp_path / "runs_needle.png").read_bytes().startswith(b"\x89PNG")
+    tokens, targets = draw(probe.needle_at(16), 0, 0, 8, 24)
+    assert (tokens[:, [-18, -1]] == 16).all() and torch.equal(targets[:, -1], tokens[:, -17])
 
 
 def test_a_window_is_all_that_a_model_sees_of_a_longer_text():

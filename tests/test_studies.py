@@ -1,6 +1,7 @@
 """Studies: runs as lines of JSON, models of equal cost, and the scripts that train many models."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from llm.analysis import studies
 from llm.analysis.accounting import describe
 from llm.analysis.matching import COSTS, cost, matched
 from llm.analysis.results import find, read_runs
-from llm.analysis.studies import T_95, Run, Study, complete, mean_and_error, verdict
+from llm.analysis.studies import T_95, Run, Study, complete, mean_and_error, t_95, verdict
 from llm.models import MODELS
 
 
@@ -97,6 +98,7 @@ def test_what_costs_the_same_is_left_as_it_is(study):
 
 def test_the_verdict_is_the_t_test_of_scipy():
     generator = torch.Generator().manual_seed(0)
+    assert t_95(1) == math.inf and t_95(20) == T_95[8]
     for n in T_95:
         for _ in range(50):
             values = (0.1 + 0.15 * torch.randn(n, generator=generator)).tolist()
@@ -145,6 +147,7 @@ def test_the_ladder_tries_three_rates_and_gives_the_best_more_seeds(data, tmp_pa
         return [row(r.model, losses.get((r.model, r.rate), 4.0), r.rate, r.seed, match=r.match) for r in runs]
 
     monkeypatch.setattr(ladder, "complete", pretend)
+    monkeypatch.setattr(ladder, "report", lambda rows, match, out: None)
     ladder.main(["--small", "--models", "rope", "--data", str(data), "--out", str(tmp_path / "rows.jsonl")])
     runs = [(run.model, run.rate, run.seed) for run in asked]
     assert sorted(runs[:6]) == [(name, rate, 0) for name in ("baseline", "rope") for rate in (4e-3, 8e-3, 1.6e-2)]

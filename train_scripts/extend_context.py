@@ -6,8 +6,9 @@
 
 Models differ in what they do at positions that training never had. A RoPE model is also read with each scaling of
 llm/modules/position_encoding/context_extension.py, as it is and after a short training on long texts; and through a
-window as long as the texts of training, with and without the first four tokens (StreamingLLM, arXiv 2309.17453). Each
-stretch of `short` positions is the end of a text of just that length, since dynamic NTK depends on the text's length.
+window as long as the texts of training, with and without the first four tokens (StreamingLLM, arXiv 2309.17453).
+The last `short` tokens of a text are scored with ever more of the text before them, so all lengths score the same
+tokens.
 
 Each result is a line of JSON in `--out`; what is there is not computed again. Table and picture are written beside it.
 Blog: Position encoding, longer context.
@@ -18,7 +19,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llm.analysis.length import loss_as_texts_grow, scalings, set_mask, set_scaling, windows_of
-from llm.analysis.results import find, read_runs
+from llm.analysis.results import find, origin, read_runs
 from llm.analysis.studies import mean_and_error, opened, side_by_side
 from llm.config import TrainConfig
 from llm.console import console
@@ -45,10 +46,14 @@ from llm.training.optim import make_optimizer
 from llm.training.provenance import git_commit
 
 POSITIONS = ("baseline", "learned_position", "relative_position", "t5_bias", "rope", "alibi", "nope")
-WINDOWS = ("sliding_window", "sparse", "streaming", "native_sparse", "block_mixture")
-STATES = ("retnet", "gated_delta_net", "mamba2", "rwkv7", "hybrid")
+WINDOWS = ("sliding_window", "sparse", "streaming", "big_bird", "native_sparse", "block_mixture")
+STATES = (
+    *("linear_attention", "retnet", "gated_linear_attention", "delta_net", "gated_delta_net", "kimi_delta", "mamba"),
+    *("mamba2", "rwkv7", "hybrid", "parallel_hybrid"),
+)
 SCALINGS = tuple(scalings(1, 2))
 TUNING = 20  # a twentieth of the training
+IDENTITY = ("model", "seed", "short", "times", "steps", "rate", "windows", "data", "scaling", "tuned")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Arguments:
     out: Path = Path("docs/results/context.jsonl")
     """A line of JSON for each model, scaling and seed."""
     quick: bool = False
-    """rope, alibi and gated_delta_net, one seed, a quarter of the tokens, and rows of their own."""
+    """rope, alibi and gated_delta_net, one seed, a quarter of the tokens, and rows of their own in runs/."""
     report: bool = False
     """Train nothing; write table and picture from the rows of --out."""
 
@@ -95,6 +100,14 @@ class Arguments:
     @property
     def long(self) -> int:
         return self.short * self.times
+
+
+QUICK = Arguments(
+    models=("rope", "alibi", "gated_delta_net"),
+    seeds=1,
+    steps=Arguments.steps // 4,
+    out=Path("runs/context.jsonl"),
+)
 
 
 def trained_model(name: str, seed: int, a: Arguments, data: Data) -> Transformer:
@@ -181,12 +194,13 @@ def compute(a: Arguments) -> None:
     todo = [place for place in product(a.models, range(a.seeds)) if not done(place)]
     todo.sort(key=lambda place: place[1])  # all models with the first seed before the second seed begins
     for _, lines in tqdm(side_by_side(partial(lines_of, a), todo, a.processes), "models", len(todo), disable=not todo):
+        new = [line for line in lines if not find(there, **{name: line[name] for name in IDENTITY})]
         with open(a.out, "a", encoding="utf-8") as file:  # all lines of a model at once, or none
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write("".join(json.dumps(line) + "\n" for line in new))
 
 
 Losses = dict[str, list[tuple[float, float] | None]]
-"""For each way of reading, mean and standard error of the loss in each stretch; None where it has no positions."""
+"""For each way of reading, mean and standard error of the loss at each length; None where it has no positions."""
 
 
 def losses_by_way(rows: list[dict]) -> Losses:
@@ -202,9 +216,9 @@ def losses_by_way(rows: list[dict]) -> Losses:
 
 
 def table(losses: Losses, short: int) -> str:
-    """A Markdown table of the mean loss in each stretch of `short` positions."""
+    """A Markdown table of the mean loss of the last `short` tokens, by the length of the text."""
     n = len(next(iter(losses.values())))
-    lines = ["| | " + " | ".join(f"{i * short} to {(i + 1) * short - 1}" for i in range(n)) + " |"]
+    lines = ["| text of | " + " | ".join(f"{(i + 1) * short}" for i in range(n)) + " |"]
     lines += ["|---" * (n + 1) + "|"]
     for name, stretches in losses.items():
         cells = ["none" if s is None else f"{s[0]:.3f}" + ("" if s[1] != s[1] else f" ± {s[1]:.3f}") for s in stretches]
@@ -237,15 +251,14 @@ def draw(losses: Losses, path: Path, short: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     a = tyro.cli(Arguments, args=arguments)
     if a.quick:
-        a = replace(a, models=("rope", "alibi", "gated_delta_net"), seeds=1, steps=a.steps // 4)
-        a = replace(a, out=Path("runs/context.jsonl"))
+        a = tyro.cli(Arguments, args=arguments, default=QUICK)
     if not a.report:
         compute(a)
-    rows = find(read_runs(a.out), short=a.short, times=a.times, steps=a.steps)
+    rows = find(read_runs(a.out), short=a.short, times=a.times, steps=a.steps, rate=a.rate, windows=a.windows)
     if not rows:
         raise ValueError(f"{a.out} has no rows of {a.steps} steps with --short {a.short}: run without --report first")
     losses = losses_by_way(rows)
-    text = table(losses, a.short)
+    text = table(losses, a.short) + "\n" + origin(rows) + f" {512 * a.steps:,} tokens of training each.\n"
     write_atomically(a.out.with_suffix(".md"), text.encode())
     print(f"\n{text}\nwritten to {a.out.with_suffix('.md')}")
     try_to_draw(draw, losses, a.out.with_suffix(".png"), a.short)

@@ -58,7 +58,8 @@ class Arguments:
     data: Path | None = None
     """Folder that pre_tokenize.py wrote; where it is not given, data/stories with --small, else data/tinystories."""
     out: Path | None = None
-    """A line of JSON for each run; default: docs/results/ladder.jsonl with --small, else runs/ladder.jsonl."""
+    """A line of JSON for each run; default: docs/results/ladder.jsonl with --small, else (and with --quick)
+    runs/ladder.jsonl."""
     processes: int | None = None
     """Runs side by side, each on one CPU core; where it is not given, 2 with --small, else 1."""
     quick: bool = False
@@ -70,7 +71,7 @@ class Arguments:
         """Raises FileNotFoundError or ValueError where the data are not there."""
         small = self.small or self.quick
         data = self.data or Path("data/stories" if small else "data/tinystories")
-        out = self.out or Path("docs/results/ladder.jsonl" if self.small else "runs/ladder.jsonl")
+        out = self.out or Path("docs/results/ladder.jsonl" if self.small and not self.quick else "runs/ladder.jsonl")
         if small:
             return Study("ladder", out, data, steps=128 if self.quick else 512)
         train = TrainConfig()
@@ -87,20 +88,22 @@ class Arguments:
         return self.rates or ((middle,) if self.quick else (middle, middle / 2, 2 * middle))
 
 
-def run_all(a: Arguments, study: Study) -> list[dict]:
+def run_all(a: Arguments, study: Study) -> None:
     """One seed at each rate for every model, then more seeds at each model's best rate."""
     processes = a.processes or (2 if study.small else 1)
     first = [Run(name, rate, 0, a.settings(), a.match) for rate in a.tried_rates() for name in a.models]
     rows = complete(study, first, processes)
     rates = {name: next(iter(seeds.values()))["rate"] for name, seeds in at_best_rates(rows).items()}
     more = [Run(name, rates[name], seed, a.settings(), a.match) for seed in range(1, a.seeds) for name in a.models]
-    return rows + complete(study, more, processes)
+    complete(study, more, processes)
 
 
 def recorded(a: Arguments, study: Study) -> list[dict]:
-    """The rows that such runs left. Raises ValueError where they are of several texts."""
+    """All rows that such runs left, also those of other models. Raises ValueError where they are of several texts."""
     any_run = study.description(Run("baseline", 0.0, 0, a.settings(), a.match))
     rows = find(read_runs(study.rows), **{k: v for k, v in any_run.items() if k not in ("model", "rate", "seed")})
+    if not a.report:
+        return find(rows, data=opened(study.data).train_sha256[:12])
     if len({row["data"] for row in rows}) > 1:
         raise ValueError(f"{study.rows} has runs on several texts: run without --report, and with --data")
     return rows
@@ -205,12 +208,19 @@ def in_millions(curve: list[list[float]]) -> list[tuple[float, float]]:
     return [(tokens / 1e6, loss) for tokens, loss in curve if tokens and loss is not None]
 
 
+FARTHEST = 0.45  # nats from the baseline, the end of the axis
+
+
 def draw_differences(models: dict[str, dict[int, dict]], path: Path, reference: dict[int, dict]) -> None:
     """A point for each model, the difference to the baseline, with its standard error; the best model on top."""
     apart = {n: mean_and_error(d) for n, s in models.items() if n != "baseline" and (d := differences(s, reference))}
     names = sorted(apart, key=lambda name: -apart[name][0])
     figure = new_figure(figsize=(7, 1 + 0.2 * len(names)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
+    axes.set_xlim(-FARTHEST, FARTHEST)
+    for y, name in enumerate(names):
+        if (mean := apart[name][0]) > FARTHEST:
+            axes.text(FARTHEST, y, f"{mean:+.2f} → ", ha="right", va="center", fontsize=8)
     means, errors = zip(*(apart[name] for name in names), strict=True) if names else ((), ())
     axes.errorbar(means, range(len(names)), xerr=[0 if e != e else e for e in errors], fmt="o", markersize=4, capsize=2)
     axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -234,8 +244,9 @@ def main(arguments: list[str] | None = None) -> None:
     a = replace(a, models=tuple(dict.fromkeys(("baseline", *a.models))))
     try:
         study = a.study()
-        rows = recorded(a, study) if a.report else run_all(a, study)
-        report(rows, a.match, study.rows)
+        if not a.report:
+            run_all(a, study)
+        report(recorded(a, study), a.match, study.rows)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
 

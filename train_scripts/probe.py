@@ -14,10 +14,11 @@ Muon trains, since with AdamW attention needs about ten times as many steps to f
 """
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,8 +31,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from llm.analysis.length import set_mask
-from llm.analysis.probes import TASKS, UNDECIDED, draw
-from llm.analysis.results import SOLVED, at_best_probe_rate, find, probe_accuracy, read_runs
+from llm.analysis.probes import TASKS, UNDECIDED, Task, draw
+from llm.analysis.results import SOLVED, at_best_probe_rate, find, origin, probe_accuracy, read_runs
 from llm.analysis.studies import side_by_side
 from llm.config import TrainConfig
 from llm.console import console
@@ -43,6 +44,7 @@ from llm.training.device import find_machine
 from llm.training.optim import learning_rate, make_optimizer
 from llm.training.provenance import git_commit
 
+DISTANCES = (1, 4, 16, 32, 64, 128, 192, 250)  # between the fact of `needle` and its question, in tokens
 LSTM = "lstm"  # no language model of ours, as a control: it keeps a state through time
 MODEL_NAMES = (*(name for name, Model in MODELS.items() if Model.causal), LSTM)
 
@@ -126,7 +128,11 @@ def make_model(name: str, vocab_size: int, a: Arguments) -> nn.Module:
     widths = {key: Config.small[key] * a.d_model // Config.small["d_model"] for key in ("d_ff",) if key in Config.small}
     context = {"max_seq_len": max(a.longer) * a.length, "vocab_size": vocab_size}
     sizes = {"d_model": a.d_model, "n_layers": a.n_layers, "initialization": "truncated_normal"}
-    model = MODELS[name](Config(**{**Config.small, **widths, **context, **sizes, **settings}))
+    settings = {**Config.small, **widths, **context, **sizes, **settings}
+    pattern = settings.get("layer_types", getattr(Config, "layer_types", None))
+    if pattern:  # of "three recurrent layers, then attention" two layers have one of each
+        settings["layer_types"] = tuple(pattern[-settings["n_layers"] :])
+    model = MODELS[name](Config(**settings))
     if window is not None:
         set_mask(model, Window(window))
     return model
@@ -141,8 +147,9 @@ def name_and_settings(text: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f'{text!r} is no model with settings: write "delta_net, max_beta = 2" (--models)') from None
 
 
-def train(run: dict, a: Arguments) -> dict[str, float]:
-    """Accuracy on new texts after training, by multiple of the trained length."""
+def train(run: dict, a: Arguments) -> dict[str, dict[str, float]]:
+    """Accuracy on new texts after training, by multiple of the trained length; for `needle` also by distance, in the
+    longest texts."""
     name, task, rate, seed, steps = (run[key] for key in ("model", "task", "rate", "seed", "steps"))
     torch.manual_seed(seed)
     model = make_model(name, TASKS[task].vocab_size, a).to(a.device)
@@ -164,13 +171,25 @@ def train(run: dict, a: Arguments) -> dict[str, float]:
         model.after_step()
         if a.processes == 1:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return {str(times): accuracy(model.eval(), run, times * run["length"], a.device) for times in a.longer}
+    model.eval()
+    result = {"accuracy": {str(n): accuracy(model, run, TASKS[task], n * run["length"], a.device) for n in a.longer}}
+    if task == "needle":
+        longest = max(a.longer) * run["length"]
+        far = [distance for distance in DISTANCES if distance <= longest - 3]
+        result["accuracy_at_distance"] = {str(d): accuracy(model, run, needle_at(d), longest, a.device) for d in far}
+    return result
+
+
+def needle_at(distance: int) -> Task:
+    """The task `needle` with a given number of tokens between the fact and the question."""
+    known = TASKS["needle"]
+    return replace(known, draw=partial(known.draw, distance=distance))
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, run: dict, length: int, device: str, n_texts: int = 256) -> float:
+def accuracy(model: nn.Module, run: dict, task: Task, length: int, device: str, n_texts: int = 256) -> float:
     """The share of targets that are the likeliest token, on texts that training did not draw (step 0 and below)."""
-    tokens, targets = draw(TASKS[run["task"]], run["seed"], -length, n_texts, length)
+    tokens, targets = draw(task, run["seed"], -length, n_texts, length)
     decided = targets != UNDECIDED
     found = torch.cat([model(part.to(device)).argmax(-1).cpu() for part in tokens.split(32)])
     return (found == targets)[decided].double().mean().item()
@@ -180,7 +199,7 @@ def timed(a: Arguments, run: dict) -> dict:
     """The accuracy of a run and how long it took."""
     start = time.perf_counter()
     result = train(run, a)
-    return {"accuracy": result, "seconds": round(time.perf_counter() - start, 1)}
+    return {**result, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def described(a: Arguments, task: str, model: str) -> dict:
@@ -236,23 +255,42 @@ def report(runs: list[dict], a: Arguments) -> None:
             f"| {m} | " + " | ".join("" if v is None else f"{100 * v:.0f}" for v in row) + " |" for m, row in rows
         ]
         lines += [f"| chance | {' | '.join(f'{100 * TASKS[task].chance:.0f}' for task in tasks)} |", ""]
-    lines += [origin(runs), ""]
+    budget = ", ".join(f"{task}: {TASKS[task].steps}" for task in tasks)
+    lines += [f"{origin(runs)} {a.batch_size} texts of {a.length} tokens a step; steps of {budget}.", ""]
     write_atomically(a.out.with_suffix(".md"), "\n".join(lines).encode())
     print("\n".join(lines))
     try_to_draw(draw_tables, tables, a.out.with_suffix(".png"), models, tasks)
+    if needles := by_distance(runs):
+        try_to_draw(draw_needles, needles, a.out.with_name(f"{a.out.stem}_needle.png"))
 
 
-def origin(runs: list[dict]) -> str:
-    """Where the rows come from, in a sentence."""
-    named = {
-        "steps": sorted({run["steps"] for run in runs}),
-        "texts a step": sorted({run["batch_size"] for run in runs}),
-        "tokens in a text": sorted({run["length"] for run in runs}),
-        "seeds": sorted({run["seed"] for run in runs}),
-        "commits": sorted({str(run["commit"])[:7] for run in runs}),
-        "device": sorted({run["device"] for run in runs}),
-    }
-    return f"{len(runs)} runs; " + "; ".join(f"{name}: {', '.join(map(str, v))}" for name, v in named.items()) + "."
+def by_distance(runs: list[dict]) -> dict[str, dict[int, float]]:
+    """For each model, the accuracy of `needle` by distance: the mean over seeds at its best rate."""
+    found = [run for run in runs if "accuracy_at_distance" in run]
+    curves = {}
+    for model in dict.fromkeys(run["model"] for run in found):
+        best = at_best_probe_rate(find(found, model=model))
+        distances = map(int, best[0]["accuracy_at_distance"])
+        curves[model] = {d: statistics.mean(run["accuracy_at_distance"][str(d)] for run in best) for d in distances}
+    return curves
+
+
+def draw_needles(curves: dict[str, dict[int, float]], path: Path) -> None:
+    """Accuracy against the distance of the needle, a line for each model."""
+    figure = new_figure(figsize=(8, 4), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for number, (model, curve) in enumerate(curves.items()):
+        percent = [100 * value for value in curve.values()]
+        axes.plot(curve.keys(), percent, "-" if number < 10 else "--", marker=".", label=model)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(DISTANCES, map(str, DISTANCES))
+    axes.set_xlabel("tokens between the fact and its question")
+    axes.set_ylabel("accuracy, percent")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    with replacing(path) as picture:
+        figure.savefig(picture, format="png")
 
 
 def draw_tables(tables: dict[str, list[list[float | None]]], path: Path, models: list[str], tasks: list[str]) -> None:
@@ -290,6 +328,8 @@ def run(a: Arguments) -> None:
     for kind, names, known in kinds:
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"no {kind} is called {', '.join(unknown)}; there are {', '.join(known)}")
+    if 1 not in a.longer or min(a.longer) < 1:
+        raise ValueError(f"--longer {a.longer} must have 1, the trained length, at which the best rate is chosen")
     if a.out.is_dir():
         raise ValueError(f"{a.out} is a folder: name a file for the runs (--out {a.out / 'probes.jsonl'})")
     a.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,13 @@ learning rates with three seeds. Each run is a line of `--out`; table and pictur
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import tyro
 
-from llm.analysis.results import find, read_runs
+from llm.analysis.results import find, origin, read_runs
 from llm.analysis.studies import Run, Study, complete, mean_and_error
 from llm.console import console
 from llm.files import replacing, write_atomically
@@ -42,9 +42,12 @@ class Arguments:
     processes: int = 2
     """Runs side by side, each on one core."""
     quick: bool = False
-    """Two schemes, one rate, one seed."""
+    """Two schemes, one rate, one seed, and rows of their own in runs/."""
     report: bool = False
     """Train nothing; write table and picture from the rows of --out."""
+
+
+QUICK = Arguments(rates=(4e-3,), schemes=("normal", "truncated_normal"), seeds=1, out=Path("runs/reference.jsonl"))
 
 
 def runs(a: Arguments) -> list[Run]:
@@ -77,7 +80,8 @@ def report(rows: list[dict], out: Path) -> None:
             best[model, scheme] = min(best.get((model, scheme), (float("inf"), 0.0)), (mean, error))
             cells.append(f"{mean:.3f}" + (f" ± {error:.3f}" if len(values) > 1 else "") + f" ({len(values)})")
         lines.append(f"| {model} | {scheme} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines) + "\n\nEval loss, mean ± standard error (number of seeds).\n"
+    text = "\n".join(lines) + "\n\nEval loss, mean ± standard error (number of seeds). "
+    text += f"{rows[0]['tokens']:,} tokens each. {origin(rows)}\n"
     write_atomically(out.with_suffix(".md"), text.encode())
     print(f"{text}\nwritten to {out.with_suffix('.md')}")
     try_to_draw(draw, best, out.with_suffix(".png"), schemes)
@@ -104,7 +108,7 @@ def draw(best: dict[tuple[str, str], tuple[float, float]], path: Path, schemes: 
 def main(arguments: list[str] | None = None) -> None:
     a = tyro.cli(Arguments, args=arguments)
     if a.quick:
-        a = replace(a, rates=a.rates[1:2], schemes=("normal", "truncated_normal"), seeds=1)
+        a = tyro.cli(Arguments, args=arguments, default=QUICK)
     study = Study("reference", a.out, a.data)
     try:
         if not a.report:

@@ -1,4 +1,4 @@
-"""How the loss grows with the position, also beyond the length of training.
+"""How the loss changes with the position and with the length of the text, also beyond the length of training.
 
 A scaling of RoPE (llm/modules/position_encoding/context_extension.py) has no weights, so a trained model is given one
 after training. Blog: Position encoding, longer context.
@@ -67,12 +67,13 @@ def loss_by_position(model: Transformer, windows: Tensor) -> Tensor:
 
 
 def loss_as_texts_grow(model: Transformer, windows: Tensor, short: int) -> list[float | None]:
-    """(N, T + 1) windows -> the mean loss of each stretch of `short` positions, read at the end of its text. None where
-    the model has no position that far."""
+    """(N, T + 1) windows -> the mean loss of their last `short` tokens, which follow none of the tokens before, then
+    `short` of them, and so on: the tokens that are scored stay the same, and only the text before them grows. None
+    where the model has no position that far."""
     losses = []
-    for end in range(short, windows.shape[1], short):
+    for length in range(short, windows.shape[1], short):
         try:
-            losses.append(loss_by_position(model, windows[:, : end + 1])[-short:].mean().item())
+            losses.append(loss_by_position(model, windows[:, -(length + 1) :])[-short:].mean().item())
         except (IndexError, ValueError):
             losses.append(None)
     return losses

@@ -60,6 +60,16 @@ def probe_accuracy(runs: Iterable[Run], model: str, task: str, times: str) -> fl
     return mean(values) if values and None not in values else None
 
 
+def origin(runs: list[Run]) -> str:
+    """In a sentence, where these runs come from."""
+    named = {
+        "seeds": sorted({run["seed"] for run in runs}),
+        "commits": sorted({str(run["commit"])[:7] for run in runs}),
+        "device": sorted({run["device"] for run in runs}),
+    }
+    return f"{len(runs)} runs; " + "; ".join(f"{name}: {', '.join(map(str, v))}" for name, v in named.items()) + "."
+
+
 def mean(values: Iterable[float]) -> float:
     numbers = list(values)
     return sum(numbers) / len(numbers)

@@ -7,6 +7,7 @@ again, so a study that was interrupted goes on, and two studies may share a file
 Each run computes on one thread, so its result does not depend on how many run side by side.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -146,8 +147,8 @@ def side_by_side(function: Callable[..., dict], runs: list, processes: int) -> I
 def execute(study: Study, run: Run) -> dict:
     """Train one run in this process and return its row. A run that diverges has a row without a loss."""
     model_config, config = study.configs(run)
-    name = "-".join([run.model, f"{run.rate:g}", str(run.seed), *map(str, run.settings.values()), run.match])
-    folder = Path("runs") / study.name / name.replace("/", "_")
+    name = hashlib.sha256(json.dumps(study.key(run), sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path("runs") / study.name / f"{run.model}-{name}"
     Model, data, machine = MODELS[run.model], opened(study.data), find_machine(config, 0)
     start, diverged = time.perf_counter(), False
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +160,8 @@ def execute(study: Study, run: Run) -> dict:
     lines = read_metrics(folder / "metrics.jsonl")
     evaluations = [line for line in lines if line.get("eval_loss") is not None]
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}
-    loads = [[v for k, v in line.items() if k.startswith("expert_load/")] for line in lines]
-    loads = [layers for layers in loads if layers]
+    late = [line for line in lines if line["step"] > study.steps * (1 - 1 / EVALUATIONS)]
+    loads = [[v for k, v in line.items() if k.startswith("expert_load/")] for line in late]
     with torch.device("meta"):
         costs = describe(Model(model_config))
     shutil.rmtree(folder)
@@ -170,7 +171,7 @@ def execute(study: Study, run: Run) -> dict:
         "tokens": study.steps * study.tokens_per_step,
         **(dict.fromkeys(last) if diverged else last),
         "diverged": diverged,
-        **({"expert_load": loads[-1]} if loads else {}),
+        **({"expert_load": torch.tensor(loads).mean(0).tolist()} if any(loads) else {}),
         "curve": [[line["tokens"], line["eval_loss"]] for line in evaluations],
         "commit": git_commit(),
         "device": machine.name,
@@ -186,13 +187,17 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""By the number of values: their mean differs from zero (p < 0.05, two-sided t-test) where it is beyond this many
-standard errors."""
+
+
+def t_95(n: int) -> float:
+    """The mean of n values differs from zero (p < 0.05, two-sided t-test) where it is beyond so many standard errors.
+    For more than eight values the number for eight is taken, which is a little too strict."""
+    return T_95.get(n, T_95[8]) if n > 1 else math.inf
 
 
 def verdict(differences: list[float]) -> str:
     """Whether paired differences of a loss are lower, higher, or cannot be told from noise (t-test, 95 percent)."""
     mean, error = mean_and_error(differences)
-    if not abs(mean) > T_95.get(len(differences), math.inf) * error:
+    if not abs(mean) > t_95(len(differences)) * error:
         return "cannot be told"
     return "better" if mean < 0 else "worse"

@@ -32,11 +32,7 @@ class Hybrid(GatedDeltaNetDecoder):
         n_attention_heads: int = 16
         """Heads of the attention layers; must divide d_model."""
 
-        small: ClassVar[dict[str, Any]] = {
-            **GatedDeltaNetDecoder.Config.small,
-            "layer_types": ("gated_delta_net", "attention"),
-            "n_attention_heads": 4,
-        }
+        small: ClassVar[dict[str, Any]] = {**GatedDeltaNetDecoder.Config.small, "n_attention_heads": 4}
 
         def __post_init__(self):
             super().__post_init__()
