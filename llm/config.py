@@ -168,6 +168,16 @@ def check_even_heads(config: ModelConfig) -> None:
         )
 
 
+def check_layer_types(config: ModelConfig, kinds: tuple[str, ...]) -> None:
+    """Make `layer_types` a tuple, since JSON knows lists only. Raises ValueError unless it names some of `kinds`."""
+    types = tuple(config.layer_types)
+    object.__setattr__(config, "layer_types", types)
+    if not types or any(kind not in kinds for kind in types):
+        raise ValueError(
+            f"layer_types = {types} must be one or several of {', '.join(kinds)} ({flag(config, 'layer_types')})"
+        )
+
+
 def flag(config: ModelConfig | TrainConfig, name: str) -> str:
     """The command-line flag of a field."""
     return ("--model." if isinstance(config, ModelConfig) else "--") + name.replace("_", "-")

@@ -62,6 +62,9 @@ def learned_by_the_cross_entropy(named_parameters):
     )
 
 
+score = Indexer.forward
+
+
 def sparse_layer(top_k, Mixer=SparseLatentAttention, **options):
     torch.manual_seed(0)
     options = dict(d_model=24, n_heads=3, rope=RoPE(4, interleaved=True), **WIDTHS, **options)
@@ -158,6 +161,31 @@ def test_a_long_text_is_scored_in_parts_with_the_same_result_and_gradients(monke
         (y.square().sum() + layer.pop_loss()).backward()
         found.append([y, x.grad, *(p.grad for p in layer.parameters())])
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_one_text_the_keys_after_a_part_are_not_scored(monkeypatch, whole):
+    monkeypatch.setattr(indexer, "QUERIES", 8)
+    (layer, x), scored = sparse_layer(6), []
+    monkeypatch.setattr(
+        Indexer, "forward", lambda self, *inputs: scored.append(inputs[2].shape[1]) or score(self, *inputs)
+    )
+    cache = None if whole else layer.make_cache(len(x), T)
+    layer(x, POSITIONS if whole else POSITIONS.expand(len(x), -1), cache)
+    assert scored == [8, 16, 24, 32, 40] if whole else [cache["pos"].shape[1]] * 5
+
+
+def test_scores_are_in_fp32_also_in_bf16_training_and_a_recomputed_loss_does_not_stay():
+    layer, x = sparse_layer(6)
+    layer, x = layer.float().train(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        q_latent = layer.q_a_norm(layer.q_a_proj(x))
+        keys = layer.indexer.keys(x, POSITIONS)
+        assert layer.indexer(x, q_latent, keys, POSITIONS).dtype == torch.float32
+        layer(x, POSITIONS)
+    assert layer.index_loss.dtype == torch.float32
+    layer.after_step()
+    copy.deepcopy(layer)
 
 
 STAGES = {

@@ -222,6 +222,13 @@ def test_every_nth_token_is_a_text_of_its_own(mask, length):
     assert_same(ours, expected, *((q, k, v) if length > 7 else (v,)))
 
 
+def test_gradients_of_sinks_are_made_where_the_queries_are():
+    q, k, v = (torch.randn(1, 2, 600, 8, device="meta", requires_grad=True) for _ in range(3))
+    sinks = torch.zeros(2, device="meta", requires_grad=True)
+    blocked_attention(q, k, v, masks.Window(16), sinks=sinks).sum().backward()
+    assert sinks.grad.device.type == "meta"
+
+
 def test_a_long_text_keeps_nothing_that_grows_with_its_square():
     """Of the shapes that autograd keeps, none has a length beside a length; those of a window have 127 + its width."""
     length = 1500

@@ -150,6 +150,8 @@ def test_a_size_of_0_or_below_is_refused_by_its_name_and_flag(name):
 @pytest.mark.parametrize(
     "name, sizes, message",
     [
+        ("hybrid", dict(layer_types=["mamba"]), "layer_types = .'mamba',. must be one or several of gated_delta_net"),
+        ("delta_net", dict(max_beta=3.0), "max_beta = 3.0 must be .* at most 2"),
         ("hybrid", dict(n_attention_heads=3), "n_attention_heads = 3 does not divide .*--model.n-attention-heads"),
         ("gated_linear_attention", dict(d_model=12, n_heads=12), "n_heads = 12 .* = 1 .*even.*--model.n-heads"),
         ("gated_linear_attention", dict(d_model=100, n_heads=4), "n_heads = 4 .* = 25 .*even.*--model.d-model"),

@@ -226,6 +226,8 @@ def test_a_window_is_all_that_a_model_sees_of_a_longer_text():
         (["--models", "masked_diffusion"], "no causal model is called masked_diffusion; there are baseline"),
         (["--models", "retnet, window = 8"], r"RetNet has no layer of attention with a mask, so Window\(size=8\)"),
         (["--models", "rope, window = 0"], "size = 0"),
+        (["--models", "block_mixture, window = 8"], "BlockMixture has no layer of attention with a mask"),
+        (["--models", "rope", "--longer", "2", "4"], "must have 1, the trained length"),
         (["--models", "lstm, window = 8"], "lstm has no settings, and was given window"),
         (["--tasks", "sums"], "no task is called sums; there are recall"),
         (["--models", "rope", "--out", "."], "is a folder: name a file"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.models.transformer import Transformer
+from llm.modules.attention.latent import LatentAttention
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.masks import FirstAndWindow, Mask, Window
 from llm.modules.position_encoding.context_extension import (
@@ -19,6 +20,7 @@ from llm.modules.position_encoding.context_extension import (
     YaRN,
 )
 from llm.modules.position_encoding.rope import RoPE, Scaling
+from llm.modules.sparse.block_mixture import BlockMixtureAttention
 
 
 def scalings(short: int, long: int) -> dict[str, Scaling]:
@@ -40,7 +42,8 @@ def windows_of(width: int) -> dict[str, Mask]:
 
 def set_mask(model: nn.Module, mask: Mask) -> None:
     """Let every attention layer of the model see what the mask shows. Raises ValueError where the model has none."""
-    layers = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    layers = [module for module in model.modules() if isinstance(module, MultiHeadAttention | LatentAttention)]
+    layers = [module for module in layers if not isinstance(module, BlockMixtureAttention)]  # whose blocks are its mask
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no layer of attention with a mask, so {mask} changes nothing in it"

@@ -3,10 +3,10 @@
     S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T        o_t = S_t^T q_t
     beta_t = max_beta sigmoid(x_t W_beta)
 
-Linear attention: S_t = S_{t-1} + k_t v_t^T, where values of the same key pile up. Queries and keys have length 1, and a
-short convolution precedes them. With max_beta = 2 the state can also flip signs (negative eigenvalues). Parallelizing
-Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484; Unlocking State-Tracking in Linear RNNs
-Through Negative Eigenvalues, arXiv 2411.12537. Blog: Linear attention.
+Linear attention: S_t = S_{t-1} + k_t v_t^T, where values of the same key pile up. Keys have length 1, queries
+1 / sqrt(head width), and a short convolution precedes them. With max_beta = 2 the state can also flip signs (negative
+eigenvalues). Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484; Unlocking
+State-Tracking in Linear RNNs Through Negative Eigenvalues, arXiv 2411.12537. Blog: Linear attention.
 Gallery: docs/gallery/index.html#delta_net
 """
 

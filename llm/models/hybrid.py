@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from llm.config import check_divides, check_positive
+from llm.config import check_divides, check_layer_types, check_positive
 from llm.models.gated_delta_net import GatedDeltaNetDecoder
 from llm.modules.attention.multi_head import MultiHeadAttention
 
@@ -38,8 +38,7 @@ class Hybrid(GatedDeltaNetDecoder):
             super().__post_init__()
             check_positive(self, "n_attention_heads")
             check_divides(self, "n_attention_heads", "d_model", " or another width (--model.d-model)")
-            if not self.layer_types:
-                raise ValueError("layer_types = () must name at least one mixer (--model.layer-types)")
+            check_layer_types(self, LayerType.__args__)
 
     def make_mixer(self, layer: int) -> nn.Module:
         c = self.config

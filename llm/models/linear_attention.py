@@ -3,9 +3,9 @@
     o_t = S_t^T phi(q_t) / (z_t . phi(q_t))        S_t = S_{t-1} + phi(k_t) v_t^T        z_t = z_{t-1} + phi(k_t)
 
 with phi(x) = elu(x) + 1. The baseline: softmax(q_t . k_j / sqrt(d)) over all earlier tokens j. A step of generation
-costs the same however long the text is. The order of the tokens is known only from what the state held when each was
-read. Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, arXiv 2006.16236. Blog: Linear
-attention.
+costs the same however long the text is. Nothing marks positions: one layer sees the earlier tokens as a set. Order
+comes in only because each of them was computed from those before it. Transformers are RNNs: Fast Autoregressive
+Transformers with Linear Attention, arXiv 2006.16236. Blog: Linear attention.
 Gallery: docs/gallery/index.html#linear_attention
 """
 

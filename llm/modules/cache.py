@@ -33,9 +33,8 @@ class Cache:
             layer["pos"].masked_fill_(layer["pos"] >= self.seen[:, None], -1)
 
     def copy_from(self, shorter: "Cache") -> "Cache":
-        """Continue the texts of a shorter cache that is full. Token p keeps its slot. Tensors of the same length, such
-        as
-        a ring or a recurrent state, are copied whole."""
+        """Continue the texts of a shorter cache that is full. Token p keeps its slot. What has the same length, such as
+        a ring or a recurrent state, is copied whole."""
         self.seen.copy_(shorter.seen)
         for layer, old in zip(self.layers, shorter.layers, strict=True):
             for name in old:

@@ -44,7 +44,8 @@ class Mask:
         return 1
 
     def by_remainder(self) -> "tuple[int, Mask]":
-        """(n, inner) if a query sees only keys whose distance n divides; `inner` is the mask of every n-th token.
+        """(n, inner) if a query sees only keys at distances that are multiples of n; `inner` is the mask of every n-th
+        token.
 
         A kernel may then compute attention over n short texts instead of a long one. (1, self) for other masks.
         """

@@ -6,7 +6,7 @@ Default sizes are for TinyStories. The published sizes are in llm/hub/maps, with
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from llm.config import ModelConfig, check_divides, check_positive, flag
+from llm.config import ModelConfig, check_divides, check_layer_types, check_positive, flag
 from llm.modules.masks import Mask, Window, causal
 from llm.modules.position_encoding.rope import RoPE
 from llm.modules.position_encoding.rope_settings import Settings, make_scaling
@@ -90,13 +90,3 @@ def check_share(config: ModelConfig, name: str) -> None:
     """Raises ValueError where a field is not a share of something: above 0 and at most 1."""
     if not 0 < getattr(config, name) <= 1:
         raise ValueError(f"{name} = {getattr(config, name)} must lie in (0, 1] ({flag(config, name)})")
-
-
-def check_layer_types(config: ModelConfig, kinds: tuple[str, ...]) -> None:
-    """Make `layer_types` a tuple, since JSON knows lists only. Raises ValueError unless it names some of `kinds`."""
-    types = tuple(config.layer_types)
-    object.__setattr__(config, "layer_types", types)
-    if not types or any(kind not in kinds for kind in types):
-        raise ValueError(
-            f"layer_types = {types} must be one or several of {', '.join(kinds)} ({flag(config, 'layer_types')})"
-        )

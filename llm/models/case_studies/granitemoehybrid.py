@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from llm.config import check_not_negative, check_positive
-from llm.models.case_studies.config import CaseStudyConfig, check_layer_types, grouped_heads
+from llm.config import check_layer_types, check_not_negative, check_positive
+from llm.models.case_studies.config import CaseStudyConfig, grouped_heads
 from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.blocks import ScaledBlock

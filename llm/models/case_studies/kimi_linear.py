@@ -14,8 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from llm.config import check_positive
-from llm.models.case_studies.config import check_layer_types
+from llm.config import check_layer_types, check_positive
 from llm.models.case_studies.deepseek_v2 import LatentExpertsConfig, latent_sizes, shared_and_routed
 from llm.models.transformer import Transformer
 from llm.modules.attention.latent import LatentAttention

@@ -4,8 +4,8 @@
 
 MiniMax-01: Scaling Foundation Models with Lightning Attention (January 2025, arXiv 2501.08313) was the first hybrid of
 linear attention at this scale: 456 B parameters, 46 B of them active, and texts of up to 4 M tokens. Lightning
-attention forgets at a rate fixed by head and layer. Its softmax layers have grouped heads, half of each of which RoPE
-turns. The stream is normalised before it is added to, so it keeps its size; alpha = (2 n_layers)^(1/4) after DeepNorm
+attention forgets at a rate fixed by head and layer. Its softmax layers have grouped heads, and RoPE turns half of each
+head. The stream is normalised before it is added to, so it keeps its size; alpha = (2 n_layers)^(1/4) after DeepNorm
 (arXiv 2203.00555) keeps the deep layers trainable. A token goes to 2 of 32 experts. Blog: Case studies; Linear
 attention.
 Gallery: docs/gallery/index.html#minimax
@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from llm.config import check_positive
-from llm.models.case_studies.config import CaseStudyConfig, check_layer_types, check_share, grouped_heads
+from llm.config import check_layer_types, check_positive
+from llm.models.case_studies.config import CaseStudyConfig, check_share, grouped_heads
 from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.blocks import Block

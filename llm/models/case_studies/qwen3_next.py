@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from llm.config import check_divides, check_positive
-from llm.models.case_studies.config import CaseStudyConfig, check_layer_types, check_share, grouped_heads
+from llm.config import check_divides, check_layer_types, check_positive
+from llm.models.case_studies.config import CaseStudyConfig, check_share, grouped_heads
 from llm.models.case_studies.qwen3_moe import check_dense_layers
 from llm.models.transformer import Transformer
 from llm.modules.attention.gated import GatedAttention

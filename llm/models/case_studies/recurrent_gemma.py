@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llm.config import check_divides, check_positive
-from llm.models.case_studies.config import CaseStudyConfig, check_layer_types, check_share, grouped_heads
+from llm.config import check_divides, check_layer_types, check_positive
+from llm.models.case_studies.config import CaseStudyConfig, check_share, grouped_heads
 from llm.models.case_studies.gemma import Gemma
 from llm.modules.attention.core import cap
 from llm.modules.attention.multi_head import MultiHeadAttention

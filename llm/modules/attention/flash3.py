@@ -3,8 +3,8 @@
 A GPU has units for products and others for exponentials. In FlashAttention-2 each waits for the other, since a tile
 goes S -> softmax -> P V. With two tiles in flight the product of the one runs during the softmax of the other:
 
-    product units      S_0   S_1         P_0 V_0     S_2   P_1 V_1     S_3   ..      within a group of warps: the
-    exponentials             softmax 0   softmax 1         softmax 2         ..      order of `forward_tiles`
+    product units      S_0               S_1   P_0 V_0     S_2   P_1 V_1     ..      within a group of warps: the
+    exponentials             softmax 0         softmax 1         softmax 2   ..      order of `forward_tiles`
 
     `ping_pong`: a second group of warps has queries of its own, and its products run during the first one's softmax
 
@@ -15,7 +15,8 @@ Two remedies:
     incoherent processing     q M and k M for q and k, M orthogonal: q M M^T k^T = q k^T, but a large entry of a row is
                               spread over all of its channels. M = random signs x a Hadamard matrix
 
-Python runs one operation after the other: here are the order and the numbers, not the speed.
+Python runs one operation after the other: here are the order and the numbers, not the speed. There is no backward pass:
+it is that of FlashAttention-2.
 FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision, arXiv 2407.08608, sections 3.1 to 3.3.
 Blog: Attention, FlashAttention.
 """

@@ -37,8 +37,9 @@ class SlowMemory:
 
 
 def tile_sizes(fast: int, width: int) -> tuple[int, int]:
-    """How many rows of two tensors (FlashAttention-1: of k and v), and of two others, fit into `fast` numbers beside
-    their scores. The paper's algorithm 1: M / 4 d and min(M / 4 d, d)."""
+    """How many rows of two tensors (FlashAttention-1: of k and v), and of two others, are in a tile: together they fill
+    `fast` numbers, rounded up. The paper's algorithm 1: M / 4 d and min(M / 4 d, d). Scores and statistics come on top,
+    as its bound ignores constants."""
     many = -(-fast // (4 * width))
     return many, min(many, width)
 

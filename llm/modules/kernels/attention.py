@@ -7,9 +7,9 @@ is taken:
 |----------------------|--------|-------------|--------------------------------|-------------------------------------|
 | one text, T <= 512   | CPU    | bf16        | looks back; no cap             | `blocked_attention`                 |
 | one text             | any    | any         | causal; a sink, channels, none | `fused_..attention`, without a mask |
-| one text             | CUDA   | not float64 | any; long: no bias             | `flex_attention`, where it compiles |
+| one text             | CUDA   | not float64 | any, no cap; long: no bias     | `flex_attention`, where it compiles |
 | one text, T > 512    | any    | any         | every n-th token               | n texts side by side                |
-| one text, T > 512    | CPU    | not bf16    | few keys; nothing added        | `gathered_attention`                |
+| one text, T > 512    | CPU    | not bf16 *  | few keys; nothing added        | `gathered_attention`                |
 | one text, T > 512    | any    | any         | few keys; no bias, no cap      | `blocked_attention`                 |
 | one text, T > 512    | any    | any         | looks back                     | `recomputed_attention`              |
 | with a cap           | any    | any         | any                            | `explicit_attention`                |
@@ -17,8 +17,9 @@ is taken:
 | cache, <= 64 queries | any    | any         | any                            | `few_queries_attention`             |
 | any                  | any    | any         | any                            | `fused_attention`, mask written out |
 
-"Long" is decided by `is_long`. None of the implementations for one long text holds T x T numbers. Those that compute
-blocks of queries stay outside an enclosing torch.compile.
+* A CPU that only emulates bf16 computes long texts in fp32 (precision.py). "Long" is decided by `is_long`. None of the
+implementations for one long text holds T x T numbers. Those that compute blocks of queries stay outside an enclosing
+torch.compile.
 
 A bias is a function (q_pos, k_pos) -> numbers added to the scores, (H, T, S) or (B, H, T, S). A kernel may call it for
 a part of the positions. If the bias has weights, its method `parameters` gives them, as that of a module does. If it is

@@ -9,8 +9,8 @@ scores, those above the diagonal's blocks, are never computed, and a CPU is fast
                                                                               dK_i += scale dS_i^T Q_i
 
 dS_i is the gradient of the bias, too. A sink (sinks.py) is one more score in each softmax, with value 0, so its
-gradient is -P sum(dO * O). Unlike FlashAttention (flash.py) this keeps the probabilities for the backward pass: at most
-FEW_KEYS numbers a query and head. Blog: Attention, multi-head attention and its cost, sparse attention.
+gradient is -P sum(dO * O). Unlike FlashAttention (flash.py) this keeps the probabilities for the backward pass: on
+average at most FEW_KEYS numbers a query and head. Blog: Attention, multi-head attention and its cost, sparse attention.
 """
 
 import torch
@@ -28,10 +28,10 @@ def is_long(q: Tensor, mask: Mask) -> bool:
     return mask.looks_back and q.shape[2] > LONGEST
 
 
-def blocks_serve(q: Tensor, mask: Mask, biased: bool = False) -> bool:
+def blocks_serve(q: Tensor, mask: Mask) -> bool:
     """Whether this is the fastest way: short texts in bf16 on a CPU, and masks that show few keys of a long text."""
     if is_long(q, mask):
-        return not biased and not isinstance(mask, Causal) and mean_scored(q.shape[2], mask) <= FEW_KEYS
+        return not isinstance(mask, Causal) and mean_scored(q.shape[2], mask) <= FEW_KEYS
     short = q.shape[2] <= LONGEST and q.dtype is torch.bfloat16
     return short and mask.looks_back and q.device.type == "cpu"
 
@@ -89,7 +89,7 @@ class QueryBlocks(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         dbias = torch.zeros_like(bias) if ctx.needs_input_grad[4] else None
-        dsinks = torch.zeros(heads[1], dtype=wide) if ctx.with_sinks else None
+        dsinks = q.new_zeros(heads[1], dtype=wide) if ctx.with_sinks else None
         mean = (grad * out).sum(-1, keepdim=True)  # sum_j P dP, for every query
         for p, (rows, keys, _) in zip(probabilities, blocks(q.shape[1], ctx.mask, ctx.n_queries), strict=True):
             if ctx.with_sinks:

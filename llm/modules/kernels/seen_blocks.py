@@ -2,8 +2,9 @@
 
 A block of 128 queries under a window of w sees 127 + w keys, under BigBird a few blocks of keys here and there. Only
 their scores are computed, so attention costs what the mask shows and not T x T. Where neighbouring queries see the same
-keys, as under BigBird, no block of queries reaches over the border to others. A mask with a reach needs no search.
-Another one is searched once for each length, one block of queries after the other. Blog: Attention, sparse attention.
+keys, as under BigBird, a block holds only queries that see the same keys, unless these are fewer than FEWEST_QUERIES.
+A mask with a reach needs no search. Another one is searched once for each length, one block of queries after the other.
+Blog: Attention, sparse attention.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from llm.modules.masks import Causal, Mask
 QUERIES = 128  # in a block: the scores of a block should fit into a core's cache
 FEWEST_QUERIES = 32  # in a block, except the last: each block takes a pass through a Python loop
 LONGEST = (
-    512  # tokens of a short text; under a causal mask the fused kernel serves a longer one as fast, and keeps less
+    512  # tokens of a short text; under a causal mask the fused kernel is as fast for a longer one, and keeps less
 )
 
 Keys = slice | Tensor

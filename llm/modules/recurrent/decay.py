@@ -2,8 +2,9 @@
 
     dt_t = softplus(raw_t + dt_bias)        d_t = exp(-exp(A_log) dt_t)
 
-A large step forgets the past and takes in the token; a step near 0 skips the token. At the start the steps are spread
-from 0.001 to 0.1 and the rates from 1 to 16. None of these parameters decays with the weights.
+In Mamba-2 a large step forgets the past and takes in the token, and a step near 0 skips the token. In the delta rules
+it only forgets; beta says how much is written. At the start the steps are spread from 0.001 to 0.1 and the rates from 1
+to 16. Weight decay leaves these parameters alone.
 Mamba, arXiv 2312.00752, section 3.6; Mamba-2, arXiv 2405.21060; used by Gated DeltaNet and Kimi Delta Attention.
 """
 

@@ -3,8 +3,9 @@
     S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T        o_t = S_t^T q_t
 
 Linear attention adds to a key's old value; here the new value replaces a share beta of it. That is one step of gradient
-descent on |S^T k - v|^2. With keys of length 1, S is multiplied by I - beta k k^T, whose eigenvalue along k is 1 -
-beta: beta up to 2 makes it negative, which lets a state count and alternate.
+descent on |S^T k - v|^2, of size beta / 2. With keys of length 1, S is multiplied by I - beta k k^T, whose eigenvalue
+along k is 1 - beta. A beta above 1 makes it negative, down to -1 at 2: the state can flip its sign at a token, as
+tracking parity needs.
 
 Gated DeltaNet decays the state before it looks up: S' = d_t S_{t-1}, with Mamba-2's d_t (decay.py), and gates the
 output. Kimi Delta Attention has a decay for each channel of the keys, S' = diag(d_t) S_{t-1}, and gates of low rank.
@@ -31,7 +32,7 @@ class DeltaNet(nn.Module):
     n_k_heads      query and key heads, a divisor of n_heads, which counts the value heads; n_heads where not given
     head_dim       width of a query and key head; d_model / n_heads where it is not given
     v_head_dim     width of a value head; d_model / n_heads where it is not given
-    max_beta       2 allows negative eigenvalues
+    max_beta       2 allows negative eigenvalues; above 2 the state would grow, which raises ValueError
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class DeltaNet(nn.Module):
         n_k_heads = n_k_heads or n_heads
         if n_heads % n_k_heads:
             raise ValueError(f"n_k_heads = {n_k_heads} must divide n_heads = {n_heads} (--model.n-k-heads)")
+        if not 0 < max_beta <= 2:
+            raise ValueError(f"max_beta = {max_beta} must be above 0 and at most 2 (--model.max-beta)")
         self.n_heads, self.max_beta = n_heads, max_beta
         self.head_dim, self.v_head_dim = head_dim or d_model // n_heads, v_head_dim or d_model // n_heads
         self.widths = [n_k_heads * self.head_dim, n_k_heads * self.head_dim, n_heads * self.v_head_dim]

@@ -44,7 +44,7 @@ class LinearAttention(nn.Module):
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, d_model) -> q, k (B, T, H, head_dim) and v (B, T, H, v_head_dim + extra_values)."""
         q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return F.elu(q) + 1, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0)
+        return F.elu(widen(q)) + 1, F.elu(widen(k)) + 1, F.pad(v, (0, 1), value=1.0)  # in bf16 phi(-7) would be 0
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, H D) -> (B, T, H, D)."""

@@ -55,7 +55,7 @@ class Mamba(nn.Module):
         u, z = self.in_proj(x).chunk(2, -1)
         u = self.conv(u, positions, cache)
         dt, b, c = self.x_proj(u).split(self.widths, -1)
-        dt = F.softplus(widen(self.dt_proj(self.dt_norm(dt))))
+        dt = F.softplus(self.dt_proj(self.dt_norm(dt)))
         (dt,) = hide_padding(positions, dt)  # a step of 0 keeps the state
         y, state = selective_scan(u, dt, self.rates(), self.b_norm(b), self.c_norm(c), kept(cache))
         keep(cache, state=state)
@@ -72,7 +72,10 @@ class Mamba(nn.Module):
 
 
 class StepProjection(nn.Linear):
-    """dt_rank -> d_inner, drawn so that softplus of the result begins between 0.001 and 0.1 (section 3.6)."""
+    """(.., dt_rank) -> (.., d_inner), in fp32 or wider. Softplus of the bias begins between 0.001 and 0.1."""
+
+    def forward(self, dt: Tensor) -> Tensor:
+        return widen(F.linear(dt, self.weight)) + widen(self.bias)  # near -7, where bf16 is coarse
 
     @torch.no_grad()
     def init_weights(self, scheme: str, n_layers: int) -> None:

@@ -2,8 +2,8 @@
 
     S_t = d_h S_{t-1} + k_t v_t^T        o_t = S_t^T q_t = sum_{j <= t} d_h^(t - j) (q_t . k_j) v_j
 
-A head with d = 1 - 2^-5 remembers about 32 tokens, one with 1 - 2^-8 about 256. A norm on each head replaces the sum of
-the weights.
+A head with d = 1 - 2^-5 remembers about 32 tokens, one with 1 - 2^-8 about 256. Instead of
+dividing by the sum of the weights, each head is normalised.
 
 RetNet        q and k are rotated (RoPE); d_h = 1 - 2^(-5 - h); a SiLU gate after the norm of each head
 Lightning     SiLU on q, k and v; d_h = exp(-slope_h (1 - depth)) with ALiBi's slopes and depth = layer / (layers - 1),

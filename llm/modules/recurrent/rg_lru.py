@@ -1,11 +1,12 @@
 """RG-LRU: Griffin's recurrence, one number for each channel, with gates that look at the input only.
 
-    r_t = sigmoid(u_t W_r + b_r)        i_t = sigmoid(u_t W_i + b_i)        log a_t = -8 r_t softplus(Lambda)
+    u = conv(x W_x + b_x)               log a_t = -8 r_t softplus(Lambda)
+    r_t = sigmoid(u_t W_r + b_r)        i_t = sigmoid(u_t W_i + b_i)
     h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t u_t)        output = (h * GELU(x W_y + b_y)) W_o + b_o
 
 The factor sqrt(1 - a^2) keeps the size of h the same however slowly it decays. The gates do not read h, so nothing in
 the loop is a matrix product. W_r and W_i are block-diagonal, one block for each head. As in RecurrentGemma, the first
-token of a text enters whole: its factor is 1. u = conv(x W_x + b_x). Griffin: Mixing Gated Linear Recurrences with
+token of a text enters whole: its factor is 1. Griffin: Mixing Gated Linear Recurrences with
 Local Attention for Efficient Language Models, arXiv 2402.19427. Blog: State-space models.
 """
 
@@ -74,6 +75,7 @@ class RGLRU(nn.Module):
         )
         log_a = -8 * r * F.softplus(widen(self.Lambda))
         first = (positions == 0)[..., None]
+        # the root has an infinite gradient at 0, so it is taken of 1e-6 at least
         factor = torch.where(first, 1.0, (-torch.expm1(2 * log_a)).clamp(min=1e-6).sqrt())
         inputs, log_a = hide_padding(positions, factor * i * widen(u), log_a)
         states = linear_scan(log_a.exp(), inputs, torch.zeros_like(inputs[:, 0]) if state is None else state)

@@ -4,10 +4,11 @@
                    output = (g * (norm(o) + sum(r * k * r_k) v)) W_o
     channel mix    relu(x' W_k)^2 W_v
 
-c is a key of length 1. For each channel, a says how much of what c finds is erased; the delta rule erases and writes
-along the same key. w, a and g are read from the token by matrices of low rank. Each of r, w, k, v, a and g, and the
+c = k * k_k, scaled to length 1. For each channel, a says how much of what c finds is erased; the delta rule erases and
+writes along the same key. k is then multiplied by 1 + (a - 1) k_a. w = exp(-exp(-1/2) sigmoid(..)) lies between 0.54
+and 1. w, a and g are read from the token by matrices of low rank. Each of r, w, k, v, a and g, and the
 channel mix, reads its own mixture x + mu (x_before - x) of a token and the one before it (token shift). From the second
-layer on, the values are drawn towards those of the first (value residual).
+layer on, v = v + (v_first - v) sigmoid(..) draws the values towards those of the first (value residual).
 
 RWKV-7 "Goose" with Expressive Dynamic State Evolution, arXiv 2503.14456. Blog: Linear attention.
 """

@@ -21,10 +21,13 @@ from llm.modules.sparse.summaries import all_blocks, finished, n_summaries, toke
 class BlockMixtureAttention(MultiHeadAttention):
     """Multi-head attention to `top_k` blocks of `block_size` tokens, the query's own among them.
 
-    `options` are those of MultiHeadAttention, except mask and score_bias. Raises ValueError for a size below 1.
+    `options` are those of MultiHeadAttention, except mask and score_bias: the chosen blocks are all that a query sees.
+    Raises ValueError for a size below 1, and for these two.
     """
 
     def __init__(self, *, block_size: int, top_k: int, **options):
+        if given := options.keys() & {"mask", "score_bias"}:
+            raise ValueError(f"block mixture attention has no {' and no '.join(sorted(given))}: leave them out")
         super().__init__(**options)
         if block_size < 1 or top_k < 1:
             raise ValueError(
@@ -56,9 +59,8 @@ class BlockMixtureAttention(MultiHeadAttention):
 
     @torch.no_grad()
     def choose(self, q: Tensor, means: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, H, T, D), means (B, H, N, D), positions (B, T) -> the tokens that each query sees, and whether it
-        really
-        does, (B, H, T, top_k block_size) both."""
+        """q (B, H, T, D), means (B, H, N, D), positions (B, T) -> the tokens that each query may see, and whether it
+        does, both (B, H, T, top_k block_size)."""
         position = positions[:, None, :, None]  # (B, 1, T, 1)
         own = position // self.block_size
         number = torch.arange(means.shape[2], device=q.device)

@@ -25,8 +25,8 @@ def attend_to_chosen(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tens
     """q (B, H, T, D), k and v (B, S, H_kv, D), index and shown (B, H_kv, T, n) -> (B, H, T, D_v).
 
     Query t of the heads that share key head g attends to the keys index[b, g, t] where shown[b, g, t] says so. A list
-    has no key twice. A query that is shown none gets zeros. As many queries as keys are one text, and its query t must
-    not be shown a key after t.
+    has no key twice. A query that is shown none gets zeros. If there are as many queries as keys, they count as the
+    tokens of one text: query t must then be shown no key after t.
     """
     q = q.unflatten(1, (k.shape[2], -1))  # (B, H_kv, heads that share, T, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -49,7 +49,7 @@ def attend_to_copies(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tens
     """q (B, H_kv, R, T, D), k and v (B, H_kv, S, D), index and shown (B, H_kv, T, n) -> (B, H_kv, R, T, D_v)."""
     k, v = (look_up(x, index) for x in (k, v))  # (B, H_kv, T, n, D)
     scores = q.transpose(2, 3) @ k.mT * scale  # (B, H_kv, T, R, n)
-    p = scores.masked_fill(~shown[..., None, :], torch.finfo(q.dtype).min).softmax(-1)
+    p = scores.masked_fill(~shown[..., None, :], torch.finfo(scores.dtype).min).softmax(-1)
     return (p @ v * shown.any(-1)[..., None, None]).transpose(2, 3)
 
 

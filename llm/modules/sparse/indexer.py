@@ -1,4 +1,4 @@
-"""DeepSeek Sparse Attention (DSA): a small indexer scores all earlier tokens, and latent attention reads the best k.
+"""DeepSeek Sparse Attention (DSA): a small indexer scores all tokens so far, and latent attention reads the best k.
 
     I_ts = sum_j w_tj relu(q_tj . k_s) / sqrt(heads x width)     few narrow heads j; one key k_s a token; w_t = x_t W
     token t attends to the k tokens s <= t with the largest I_ts
@@ -7,20 +7,24 @@ The choice has no gradient, so the indexer has a loss of its own and reads its i
 
     loss = mean over t of KL(p_t || softmax(I_t))      p_t: the probabilities of the main attention, mean over its heads
 
-over the chosen tokens. In a warm-up before that, attention is dense and the KL is over all earlier tokens; the model
-then freezes everything else. DeepSeek-V3.2, arXiv 2512.02556, section 2. Blog: Attention, learned sparse attention.
+over the chosen tokens. In the warm-up before that, attention is dense, the KL is over all tokens up to t, and every
+weight but the indexers' is frozen. The published code also rotates q and k by a Hadamard matrix and scores in fp8;
+neither changes the idea. DeepSeek-V3.2, arXiv 2512.02556, section 2. Blog: Attention, learned sparse attention.
 """
 
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llm.modules.attention.latent import LatentAttention
 from llm.modules.cache import Places, store
+from llm.modules.kernels.precision import without_autocast
 from llm.modules.masks import Window, causal, mean_keys, visibility
 from llm.modules.norms import LayerNorm
+from llm.modules.recurrent.state import widen
 from llm.modules.sparse.chosen import QUERIES, attend_to_chosen, look_up
 
 
@@ -40,18 +44,20 @@ class Indexer(nn.Module):
         return self.rope(self.k_norm(self.k_proj(x))[:, :, None], positions)[:, :, 0]
 
     def forward(self, x: Tensor, q_latent: Tensor, k: Tensor, positions: Tensor) -> Tensor:
-        """x (B, T, d_model), its query latents (B, T, q_lora_rank) and keys (B, S, head_dim) -> I (B, T, S)."""
+        """x (B, T, d_model), its query latents (B, T, q_lora_rank) and keys (B, S, head_dim) -> I (B, T, S), in fp32 at
+        least: in bf16 other tokens would be the best."""
         q = self.rope(self.q_proj(q_latent).unflatten(-1, (self.n_heads, -1)), positions)  # (B, T, H, head_dim)
-        similar = (q.transpose(1, 2) @ k[:, None].mT).relu()  # (B, H, T, S)
-        weights = self.weights_proj(x) * (self.n_heads * self.head_dim) ** -0.5  # (B, T, H)
-        return (weights.mT[..., None] * similar).sum(1)
+        weights = widen(self.weights_proj(x)) * (self.n_heads * self.head_dim) ** -0.5  # (B, T, H)
+        with without_autocast(x):
+            similar = (widen(q).transpose(1, 2) @ widen(k)[:, None].mT).relu()  # (B, H, T, S)
+            return (weights.mT[..., None] * similar).sum(1)
 
 
 class SparseLatentAttention(LatentAttention):
     """Latent attention to the `index_top_k` tokens that `indexer` scores highest.
 
     index_loss_coef   weight of the indexer's loss in training
-    dense             the warm-up: all earlier tokens, for attention and for the loss; the model freezes the rest
+    dense             the warm-up: all tokens so far, for attention and for the loss; the model freezes the rest
 
     `options` are those of LatentAttention, except mask; there must be a q_lora_rank, whose latent the indexer reads.
     """
@@ -90,16 +96,20 @@ class SparseLatentAttention(LatentAttention):
 
     def choose(self, x: Tensor, q_latent: Tensor, k: Tensor, places: Places, n: int) -> tuple[Tensor, Tensor]:
         """The `n` largest scores of each token and the keys that have them, both (B, T, n); -inf for what is hidden.
-        QUERIES tokens are scored at a time, and again in the backward pass, so that T x S scores are never held."""
+        QUERIES tokens are scored at a time, and again in the backward pass, so that T x S scores are never held; of one
+        text, the keys after them are not scored at all."""
 
-        def part(x: Tensor, q_latent: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-            shown = visibility(self.mask, positions, places.k)  # (T, S) or (B, 1, T, S)
-            scores = self.indexer(x, q_latent, k, positions)
-            return scores.masked_fill(~(shown if shown.dim() == 2 else shown[:, 0]), -torch.inf).topk(n, -1)
+        def part(x: Tensor, q_latent: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+            shown = visibility(self.mask, positions, places.k[..., :end])  # (T, S) or (B, 1, T, S)
+            scores = self.indexer(x, q_latent, k[:, :end], positions)
+            scores = scores.masked_fill(~(shown if shown.dim() == 2 else shown[:, 0]), -torch.inf)
+            best, index = scores.topk(min(n, end), -1)
+            return F.pad(best, (0, n - best.shape[-1]), value=-torch.inf), F.pad(index, (0, n - index.shape[-1]))
 
         if x.shape[1] <= QUERIES:
-            return part(x, q_latent, places.q)
-        inputs = zip(x.split(QUERIES, 1), q_latent.split(QUERIES, 1), places.q.split(QUERIES, -1), strict=True)
+            return part(x, q_latent, places.q, k.shape[1])
+        ends = [start + QUERIES if places.whole_text else k.shape[1] for start in range(0, x.shape[1], QUERIES)]
+        inputs = zip(x.split(QUERIES, 1), q_latent.split(QUERIES, 1), places.q.split(QUERIES, -1), ends, strict=True)
         again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
         parts = [(again if torch.is_grad_enabled() else part)(*each) for each in inputs]
         return tuple(torch.cat(both, 1) for both in zip(*parts, strict=True))
@@ -115,8 +125,12 @@ class SparseLatentAttention(LatentAttention):
         """The main attention's probabilities of the tokens `index` (B, T, n), mean over the heads: (B, T, n)."""
         parts = []
         for q_i, i, s in zip(q.split(QUERIES, 2), index.split(QUERIES, 1), shown.split(QUERIES, 1), strict=True):
-            near = look_up(k[:, None], i[:, None])[:, 0]  # (B, T, n, rank + rope)
-            p = (torch.einsum("bhtr,btnr->bhtn", q_i, near) * self.scale).masked_fill(~s[:, None], -torch.inf)
+            if i.shape[-1] == k.shape[1]:  # all of them: scored first, then put into the order of the list
+                scores = (q_i @ k[:, None].mT).gather(-1, i[:, None].expand(-1, q_i.shape[1], -1, -1))
+            else:
+                near = look_up(k[:, None], i[:, None])[:, 0]  # (B, T, n, rank + rope)
+                scores = torch.einsum("bhtr,btnr->bhtn", q_i, near)
+            p = widen(scores * self.scale).masked_fill(~s[:, None], -torch.inf)
             parts.append(p.softmax(-1).mean(1))
         return torch.cat(parts, 1)
 
@@ -124,6 +138,10 @@ class SparseLatentAttention(LatentAttention):
         """The indexer's loss of the last forward pass in training, once."""
         loss, self.index_loss = self.index_loss, None  # copy.deepcopy fails on tensors with a graph
         return loss
+
+    def after_step(self) -> None:
+        """Called after an optimiser step: a forward pass that was recomputed has left its loss."""
+        self.index_loss = None
 
     def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
         """Latent attention's slots, and the indexer's key for each token."""

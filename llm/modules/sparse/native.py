@@ -62,7 +62,7 @@ class NativeSparseAttention(nn.Module):
     compress_size, compress_stride   tokens in a compressed block, and from one to the next
     select_size, n_selected          tokens in a selected block, and how many of them a query sees
     window_size                      tokens that the window shows, the query's own among them
-    rope                             rotates queries and keys (B, T, H, D); compressed keys consist of rotated ones
+    rope                             rotates queries and keys (B, T, H, D); keys are rotated before they are compressed
 
     Raises ValueError where compress_stride does not divide the two sizes, or fewer than 3 blocks are selected.
     """
@@ -152,9 +152,8 @@ class NativeSparseAttention(nn.Module):
 
     @torch.no_grad()
     def select(self, importance: Tensor, positions: Tensor, n_keys: int) -> tuple[Tensor, Tensor]:
-        """Importance (B, H_kv, T, J), positions (B, T) -> the tokens that each query sees and whether it really does,
-        both
-        (B, H_kv, T, n_selected select_size). The blocks of the last tokens have no importance yet."""
+        """Importance (B, H_kv, T, J), positions (B, T) -> the tokens that each query may see, and whether it does,
+        both (B, H_kv, T, n_selected select_size). The blocks of the last tokens have no importance yet."""
         position = positions[:, None, :, None]
         own = position // self.select_size
         n_blocks = max(self.n_selected, -(-n_keys // self.select_size))

@@ -21,8 +21,7 @@ def mean_summaries(context: int, size: int, stride: int) -> float:
 
 def finished(positions: Tensor, size: int, stride: int) -> tuple[Tensor, Tensor]:
     """Positions (B, T) of new tokens -> the numbers (B, T // stride + 1) of the blocks that they may finish, and
-    whether
-    they do."""
+    whether they do."""
     first = ((positions[:, :1] - size + stride) // stride).clamp(min=0)
     numbers = first + torch.arange(positions.shape[1] // stride + 1, device=positions.device)
     return numbers, numbers * stride + size - 1 <= positions[:, -1:]
