@@ -1,4 +1,4 @@
-"""What FlashAttention 1 and 2 read, write and compute beside standard attention: `python benchmarks/flash.py`.
+"""What FlashAttention 1 to 3 read, write and compute beside standard attention: `python benchmarks/flash.py`.
 
 Nothing is timed. The versions run in Python and count the numbers that they load from slow memory and store to it
 (llm/modules/attention/slow_memory.py). FLOPs of products are counted by torch. The others
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.console import console
-from llm.modules.attention import flash, flash1
+from llm.modules.attention import flash, flash1, flash3
 from llm.modules.attention.slow_memory import SlowMemory, standard_attention, standard_backward, tile_sizes
 from llm.modules.cache import Places
 from llm.modules.masks import everything
@@ -75,6 +75,7 @@ def count(length: int, width: int, fast_memory: int) -> dict[str, list[int]]:
         backward = replace(forward, q_tile=few, k_tile=many)  # the outer loop is over keys in both
         kept, counts[f"{name}, forward"] = counted(version.forward_tiles, q, k, v, forward, memory=memory)
         _, counts[f"{name}, backward"] = counted(version.backward_tiles, q, k, v, *kept, d_out, backward, memory=memory)
+    _, counts["FlashAttention-3, forward"] = counted(flash3.forward_tiles, q, k, v, forward, memory=memory)
     return counts
 
 

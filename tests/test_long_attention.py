@@ -193,6 +193,29 @@ def test_rounding_is_that_of_the_dtype(mask, what, dtype):
         assert (mine.double() - reference.double()).norm() < limit * reference.double().norm()
 
 
+OTHERS = [
+    masks.FirstAndWindow(3, 70),
+    masks.OwnBlock(40),
+    masks.Strided(7),
+    masks.Dilated(5, 7),
+    masks.Summaries(100, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", [attend, blocked_attention, recomputed_attention])
+@pytest.mark.parametrize("mask", [masks.Window(70), *OTHERS], ids=str)
+def test_rounding_of_every_way_is_that_of_the_dtype(mask, way, dtype):
+    """Called directly, the blocks compute in bf16 also on a CPU that emulates it."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in text())
+    ours = way(q, k, v, whole(LENGTH), mask) if way is attend else way(q, k, v, mask)
+    expected = explicit_attention(q.double(), k.double(), v.double(), shown(mask))
+    gradients = [torch.autograd.grad(y.double().square().sum(), (q, k, v)) for y in (ours, expected)]
+    limit = 3e-5 if dtype is torch.float32 else 0.02
+    for mine, reference in zip((ours, *gradients[0]), (expected, *gradients[1]), strict=True):
+        assert mine.dtype is dtype and (mine.double() - reference.double()).norm() < limit * reference.double().norm()
+
+
 @pytest.mark.parametrize("length", [1, 5, LENGTH])
 def test_slopes_as_channels_and_a_first_sink_equal_the_equation(length):
     q, k, v = text(n_kv_heads=2, v_dim=5, length=length)
@@ -235,6 +258,11 @@ def test_a_long_text_keeps_nothing_that_grows_with_its_square():
     for options, widest in [
         ({"mask": masks.Window(70)}, 70 + 127),
         ({"mask": masks.FirstAndWindow(3, 70)}, 73 + 127),
+        ({"mask": masks.OwnBlock(70)}, 70 + 127),
+        ({"mask": masks.Strided(50)}, 1500 // 50 + 50),
+        ({"mask": masks.Dilated(9, 7)}, 9 * 7 + 127),
+        ({"mask": LONG["wide big bird"][0]}, 5 * 40 + 127),
+        ({"bias": DistanceScores(*(x.detach().float().requires_grad_() for x in distance_scores(length)[:2]), 0.3)}, 8),
         ({"soft_cap": 2.0}, 8),
         ({"bias": t5().float()}, 32),
         ({"bias": ALiBi(4)}, 24),

@@ -8,6 +8,7 @@ import torch
 from conftest import redraw, tiny_model
 from torch import nn
 from torch.nn import functional as F
+from training import RUN, command_line, script, write_corpus
 
 from llm.models import MODELS
 from llm.modules.cache import Cache
@@ -55,6 +56,7 @@ MIXERS = {
     "gated_convolution": lambda: GatedConvolution(d_model=24),
 }
 every_mixer = pytest.mark.parametrize("name", MIXERS)
+ROUNDING = dict.fromkeys(MIXERS, 1e-11) | {"retention": 1e-6}  # RoPE's angles are fp32
 
 
 def make_mixer(name):
@@ -249,9 +251,7 @@ def test_through_the_cache_in_any_parts_it_equals_the_whole_at_once(name, parts)
     mixer, x = make_mixer(name), make_input()
     expected = mixer(x, torch.arange(T))
     assert expected.abs().mean() > 0.01
-    torch.testing.assert_close(
-        run_through_a_cache(mixer, x, parts), expected, rtol=0, atol=1e-6
-    )  # RoPE's angles are fp32
+    torch.testing.assert_close(run_through_a_cache(mixer, x, parts), expected, rtol=0, atol=ROUNDING[name])
 
 
 @every_mixer
@@ -261,7 +261,7 @@ def test_padded_prompts_of_unlike_length_give_what_each_gives_alone(name, parts)
     together = run_through_a_cache(mixer, x, parts, padding)
     for row, n in enumerate(padding):
         alone = mixer(x[row : row + 1, n:], torch.arange(T - n))
-        torch.testing.assert_close(together[row, n:], alone[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(together[row, n:], alone[0], rtol=0, atol=ROUNDING[name])
 
 
 @every_mixer
@@ -281,7 +281,7 @@ def test_a_longer_cache_takes_the_whole_state_over(name):
     caches[0].seen += 16
     caches[1].copy_from(caches[0])
     rest = mixer(x[:, 16:], caches[1].positions(4), caches[1].layers[0])
-    torch.testing.assert_close(rest, mixer(x, torch.arange(20))[:, 16:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(rest, mixer(x, torch.arange(20))[:, 16:], rtol=0, atol=ROUNDING[name])
 
 
 @every_mixer
@@ -308,6 +308,22 @@ def test_bf16_autocast_is_near_fp32(name):
 
 
 @every_mixer
+def test_the_state_of_a_cache_is_fp32_under_autocast(name):
+    torch.manual_seed(0)
+    mixer, x = MIXERS[name](), make_input().float()
+    initialize(mixer, "truncated_normal", 4)
+    states = []
+    for rounded in (False, True):
+        cache = mixer.make_cache(2, T)
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            mixer(x, torch.arange(T).expand(2, -1), cache)
+        states.append(cache.get("state"))
+    if name != "gated_convolution":  # which has none
+        assert states[1].dtype is torch.float32 and states[1].bfloat16().float().ne(states[1]).any()
+        assert (states[1] - states[0]).norm() < 0.05 * states[0].norm()
+
+
+@every_mixer
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_decays_are_drawn_by_their_module_in_every_scheme_and_do_not_decay(name, scheme):
     mixer = MIXERS[name]()
@@ -319,7 +335,15 @@ def test_decays_are_drawn_by_their_module_in_every_scheme_and_do_not_decay(name,
         assert (steps > 0.0009).all() and (steps < 0.11).all() and steps.std() > 0
     if "rates.A_log" in named:
         torch.testing.assert_close(named["rates.A_log"][3].exp(), torch.arange(1.0, 5.0))
-        assert (F.softplus(named["dt_proj.bias"]) < 0.11).all()
+        steps = F.softplus(named["dt_proj.bias"])
+        assert (steps > 0.0009).all() and (steps < 0.11).all() and (named["D"] == 1).all()
+    if "lru.Lambda" in named:
+        slowest = (-8 * F.softplus(named["lru.Lambda"])).exp()
+        assert (slowest >= 0.899).all() and (slowest <= 0.9991).all() and slowest.std() > 0
+    if "decay_lora.b_proj.bias" in named:
+        assert named["decay_lora.b_proj.bias"].aminmax() == (-6.5, -1.5)
+        assert (named["k_k"] == 0.85).all() and (named["k_a"] == 1).all()
+        torch.testing.assert_close(named["shift.mu"][2], torch.linspace(1, 0, 24))
     if "conv.weight" in named:
         assert named["conv.weight"].std() > 0.1
     decaying = {id(p) for p in split_by_decay(mixer)[0]}
@@ -439,6 +463,19 @@ def test_a_kernel_is_believed_where_it_agrees_and_the_report_says_why_not(kind, 
 )
 def test_a_run_says_which_of_its_recurrences_have_a_kernel_and_why_not(name, kinds):
     assert fla.kernel_report(tiny_model(name), torch.device("cpu")) == kinds
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+def test_a_run_prints_the_report(tmp_path, capsys):
+    flags = {
+        **RUN,
+        "--data": write_corpus(tmp_path),
+        "--out": tmp_path / "run",
+        "--steps": 1,
+        "--model.max-seq-len": 32,
+    }
+    script("train_gated_delta_net").main(command_line(flags))
+    assert "kernels     delta_rule (decay by head): chunks, no CUDA device\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if fla.kernel_report(tiny_model(name), torch.device("cpu"))])
