@@ -40,6 +40,16 @@ def test_a_row_has_what_a_reader_needs_to_judge_it(study):
     assert not list(study.rows.parent.glob("runs/test/*"))
 
 
+def test_the_load_of_experts_is_the_mean_over_the_last_eighth(study, monkeypatch):
+    lines, read = [], studies.read_metrics
+    monkeypatch.setattr(studies, "read_metrics", lambda file: lines.extend(read(file)) or read(file))
+    (row,) = complete(replace(study, steps=16), [Run("mixture_of_experts", 1e-2, settings={"log_every": 1})])
+    late = [line for line in lines if line["step"] > 14 and "expert_load/1" in line]
+    assert [line["step"] for line in late] == [15, 16] and late[0]["expert_load/1"] != late[1]["expert_load/1"]
+    loads = torch.tensor([[line[f"expert_load/{layer}"] for layer in range(4)] for line in late])
+    torch.testing.assert_close(torch.tensor(row["expert_load"]), loads.mean(0))
+
+
 def test_only_runs_without_a_line_are_trained(study, monkeypatch):
     runs = [Run("rope", rate) for rate in (1e-3, 1e-2)]
     complete(study, runs[:1])

@@ -162,6 +162,7 @@ def execute(study: Study, run: Run) -> dict:
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}
     late = [line for line in lines if line["step"] > study.steps * (1 - 1 / EVALUATIONS)]
     loads = [[v for k, v in line.items() if k.startswith("expert_load/")] for line in late]
+    loads = [layers for layers in loads if layers]
     with torch.device("meta"):
         costs = describe(Model(model_config))
     shutil.rmtree(folder)
@@ -171,7 +172,7 @@ def execute(study: Study, run: Run) -> dict:
         "tokens": study.steps * study.tokens_per_step,
         **(dict.fromkeys(last) if diverged else last),
         "diverged": diverged,
-        **({"expert_load": torch.tensor(loads).mean(0).tolist()} if any(loads) else {}),
+        **({"expert_load": torch.tensor(loads).mean(0).tolist()} if loads else {}),
         "curve": [[line["tokens"], line["eval_loss"]] for line in evaluations],
         "commit": git_commit(),
         "device": machine.name,
