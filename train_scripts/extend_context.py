@@ -234,14 +234,17 @@ def draw(losses: Losses, path: Path, short: int) -> None:
     panels = [names for names in (positions, others, scalings) if names]
     figure = new_figure(figsize=(5.2 * len(panels), 5.6), dpi=120, layout="constrained")
     for names, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
-        for name in dict.fromkeys(("rope", *names)):
+        for number, name in enumerate(dict.fromkeys(("rope", *names))):
             points = [(i + 1, s[0]) for i, s in enumerate(losses.get(name, ())) if s]
-            style = {"color": "black", "linewidth": 2} if name == "rope" else {"linestyle": "--" * ("tuned" in name)}
-            axes.plot(*zip(*points, strict=True), marker=".", label=name, **{k: v for k, v in style.items() if v})
+            dashed = "tuned" in name or number > 10  # the colours begin anew after ten lines
+            style = {"color": "black", "linewidth": 2} if name == "rope" else {"linestyle": "--" if dashed else "-"}
+            axes.plot(*zip(*points, strict=True), marker=".", label=name, **style)
         axes.set_xlabel(f"text length, times the {short} tokens of training")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))  # below
+        axes.legend(
+            frameon=False, fontsize=7, ncols=2, handlelength=3, loc="upper center", bbox_to_anchor=(0.5, -0.13)
+        )  # below
     figure.axes[0].set_ylabel(f"eval loss of the last {short} tokens, nats per token")
     with replacing(path) as picture:
         figure.savefig(picture, format="png")

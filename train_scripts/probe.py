@@ -283,7 +283,7 @@ def draw_needles(curves: dict[str, dict[int, float]], path: Path) -> None:
         percent = [100 * value for value in curve.values()]
         axes.plot(curve.keys(), percent, "-" if number < 10 else "--", marker=".", label=model)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(DISTANCES, map(str, DISTANCES))
+    axes.set_xticks(DISTANCES, ["" if distance == 192 else f"{distance}" for distance in DISTANCES])
     axes.set_xlabel("tokens between the fact and its question")
     axes.set_ylabel("accuracy, percent")
     axes.grid(alpha=0.3)
