@@ -106,8 +106,9 @@ for accuracies (higher is better). "Holds" and "does not hold here" need a diffe
 Training runs: {tokens:,} tokens of stories at the ladder's size and the baseline's FLOPs, initialisation {init}.
 A model alone is the ladder's, at its best rate; one with settings has the rate {rate:g}, or as many times it as is
 said. Probes have the best of their rates. Texts eight times as long as in training, by `python
-train_scripts/extend_context.py`: the loss at their end where one model is read in two ways; how much it has grown from
-the end of texts as long as in training where two models are compared. The [experiments](experiments.md) say more.
+train_scripts/extend_context.py`: the loss of the
+last tokens where one model is read in two ways; where two models are compared, how much more it is than with only as
+much text as in training. The [experiments](experiments.md) say more.
 
 """
 

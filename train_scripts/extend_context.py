@@ -1,4 +1,4 @@
-"""Train on short texts, then read texts up to eight times as long: how the loss grows with the position.
+"""Train on short texts, then read texts up to eight times as long: how the loss changes with the length of the text.
 
     python train_scripts/extend_context.py                               # an hour or two on two cores
     python train_scripts/extend_context.py --quick                       # ten minutes: three models, fewer tokens

@@ -69,7 +69,7 @@ class Long:
 
 
 class Reach(Long):
-    """How much larger that loss is than at the end of texts as long as in training, for models that differ there."""
+    """How much larger that loss is than with only as much text as in training, for models that differ there."""
 
     def of(self, loss: list[float]) -> float:
         return loss[-1] - loss[0]
