@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.masks import Window
 from llm.modules.position_encoding.rope import RoPE
-from llm.modules.sparse import chosen
+from llm.modules.sparse import chosen, native
 from llm.modules.sparse.block_mixture import BlockMixtureAttention
 from llm.modules.sparse.chosen import attend_to_chosen, mean_chosen
 from llm.modules.sparse.native import NativeSparseAttention
@@ -144,6 +144,23 @@ def native_by_loops(layer, x):
 def test_nsa_is_the_papers_rule_written_as_loops(sizes):
     layer, x = mixer(NativeSparseAttention, **{**NATIVE, **sizes})
     torch.testing.assert_close(layer(x, POSITIONS), native_by_loops(layer, x), rtol=0, atol=1e-10)
+
+
+def test_nsa_in_parts_is_the_whole_and_keeps_no_scores(monkeypatch):
+    layer, x = mixer(NativeSparseAttention, **{**NATIVE, "compress_stride": 1, "window_size": 1})
+    x.requires_grad_()
+    whole = layer(x, POSITIONS)
+    expected = torch.autograd.grad(whole.square().sum(), (x, *layer.parameters()))
+    monkeypatch.setattr(native, "QUERIES", 3)  # the first part comes before the first block is finished
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.numel()) or y, lambda y: y):
+        parts = layer(x, POSITIONS)
+    n_scores = 2 * layer.n_heads * T * (T - NATIVE["compress_size"] + 1)
+    assert max(kept) < n_scores
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-10)
+    found = torch.autograd.grad(parts.square().sum(), (x, *layer.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])

@@ -11,13 +11,16 @@ fused kernel computes the scores of all keys and a mask hides the keys that were
 sparse attention.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llm.modules.kernels.attention import fused_attention
 
-QUERIES = 256  # whose keys are copied, or hidden, at a time; this is done again in the backward pass
+QUERIES = 256  # whose keys are chosen, copied or hidden at a time; this is done again in the backward pass
 SCORES_OF_A_COPY = 64  # computed and hidden in the time that a key is copied: measured on two cores of a CPU
 
 
@@ -38,11 +41,13 @@ def attend_to_chosen(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tens
     parts = zip(q.split(QUERIES, 3), index.split(QUERIES, 2), shown.split(QUERIES, 2), strict=True)
     for n, (q_i, i, s) in enumerate(parts, 1):
         end = n * QUERIES if skip_later else None
-        inputs = q_i, k[:, :, :end], v[:, :, :end], i, s, scale
-        heads.append(
-            attend(*inputs) if keep else checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
-        )
+        heads.append(compute(attend, q_i, k[:, :, :end], v[:, :, :end], i, s, scale, keep=keep))
     return torch.cat(heads, 3).flatten(1, 2)
+
+
+def compute(function: Callable, *inputs: Any, keep: bool) -> Any:
+    """function(*inputs). Without `keep`, what the gradient needs of it is computed again in the backward pass."""
+    return function(*inputs) if keep else checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def attend_to_copies(q: Tensor, k: Tensor, v: Tensor, index: Tensor, shown: Tensor, scale: float) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from llm.modules.cache import Places, empty_slots, store
 from llm.modules.kernels.attention import attend
 from llm.modules.masks import Window, mean_keys
-from llm.modules.sparse.chosen import attend_to_chosen, mean_chosen, tokens_of
+from llm.modules.sparse.chosen import QUERIES, attend_to_chosen, compute, mean_chosen, tokens_of
 from llm.modules.sparse.summaries import all_blocks, finished, mean_summaries, n_summaries, tokens_in, write
 
 
@@ -117,9 +117,13 @@ class NativeSparseAttention(nn.Module):
             chosen, positions = (k[1], v[1]), positions.expand(len(x), -1)
         else:
             summaries, chosen, near = self.update(cache, positions, k, v)
-        compressed, importance = self.look_at_summaries(q, *summaries, positions)
-        n_keys = chosen[0].shape[1]
-        index, shown = self.select(importance, positions, n_keys)
+        n_keys, keep = chosen[0].shape[1], q.shape[2] <= QUERIES or not torch.is_grad_enabled()
+        parts = []  # the scores of all queries at once would be T x N
+        for n, (q_i, p) in enumerate(zip(q.split(QUERIES, 2), positions.split(QUERIES, 1), strict=True), 1):
+            end = None if cache is not None else n_summaries(n * QUERIES, self.size, self.stride)
+            earlier = (x[:, :end] for x in summaries)
+            parts.append(compute(self.look_and_select, q_i, *earlier, p, n_keys, keep=keep))
+        compressed, index, shown = (torch.cat(part, 2) for part in zip(*parts, strict=True))
         selected = attend_to_chosen(q, *chosen, index.clamp(max=n_keys - 1), shown, self.scale)
         k, v, places = near
         window = attend(q, k.transpose(1, 2), v.transpose(1, 2), places, self.mask)
@@ -129,6 +133,11 @@ class NativeSparseAttention(nn.Module):
 
     def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
         return heads if self.rope is None else self.rope(heads, positions)
+
+    def look_and_select(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, n_keys: int) -> tuple[Tensor, ...]:
+        """o_1 of `look_at_summaries`, and the tokens that it lets each query `select`."""
+        compressed, importance = self.look_at_summaries(q, k, v, positions)
+        return compressed, *self.select(importance, positions, n_keys)
 
     def look_at_summaries(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, H, T, D), summaries k and v (B, N, H_kv, D) -> o_1 (B, H, T, D) and the importance of all blocks of
