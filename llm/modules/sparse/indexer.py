@@ -49,8 +49,8 @@ class Indexer(nn.Module):
         q = self.rope(self.q_proj(q_latent).unflatten(-1, (self.n_heads, -1)), positions)  # (B, T, H, head_dim)
         weights = widen(self.weights_proj(x)) * (self.n_heads * self.head_dim) ** -0.5  # (B, T, H)
         with without_autocast(x):
-            similar = (widen(q).transpose(1, 2) @ widen(k)[:, None].mT).relu()  # (B, H, T, S)
-            return (weights.mT[..., None] * similar).sum(1)
+            similar = (widen(q).flatten(1, 2) @ widen(k).mT).relu_().unflatten(1, q.shape[1:3])  # (B, T, H, S)
+            return (weights[:, :, None] @ similar)[:, :, 0]
 
 
 class SparseLatentAttention(LatentAttention):
