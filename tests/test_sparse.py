@@ -65,6 +65,16 @@ def test_moba_with_blocks_for_everything_is_full_attention(block_size, top_k):
     torch.testing.assert_close(layer(x, POSITIONS), full(x, POSITIONS), rtol=0, atol=1e-10)
 
 
+def test_moba_scores_blocks_in_fp32_also_in_bf16_training():
+    layer = BlockMixtureAttention(d_model=64, n_heads=1, block_size=4, top_k=6)
+    q, means = (torch.randn(1, 1, n, 64).bfloat16() for n in (400, 100))
+    positions = torch.arange(400)[None]
+    expected, _ = layer.choose(q.float(), means.float(), positions)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = layer.choose(q, means, positions)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("padding", [0, 7])
 @pytest.mark.parametrize("make", ["moba", "nsa", "nsa with rope"])

@@ -14,6 +14,8 @@ from torch import Tensor
 from llm.modules.attention.core import share_heads
 from llm.modules.attention.multi_head import MultiHeadAttention
 from llm.modules.cache import empty_slots
+from llm.modules.kernels.precision import without_autocast
+from llm.modules.recurrent.state import widen
 from llm.modules.sparse.chosen import attend_to_chosen, mean_chosen, tokens_of
 from llm.modules.sparse.summaries import all_blocks, finished, n_summaries, tokens_in, write
 
@@ -64,7 +66,8 @@ class BlockMixtureAttention(MultiHeadAttention):
         position = positions[:, None, :, None]  # (B, 1, T, 1)
         own = position // self.block_size
         number = torch.arange(means.shape[2], device=q.device)
-        scores = (q @ means.mT).masked_fill(number >= own, -torch.inf)  # (B, H, T, N)
+        with without_autocast(q):  # in bf16 other blocks would be the best
+            scores = (widen(q) @ widen(means).mT).masked_fill(number >= own, -torch.inf)  # (B, H, T, N)
         best, chosen = scores.topk(min(self.top_k - 1, len(number)), -1)
         blocks = torch.cat([own.expand(*q.shape[:3], 1), chosen], -1)
         found = torch.cat([(own >= 0).expand(*q.shape[:3], 1), best > -torch.inf], -1)
