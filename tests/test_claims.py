@@ -95,6 +95,7 @@ def test_the_committed_page_is_what_the_committed_rows_give(tmp_path, monkeypatc
     "name, flags, page",
     [
         ("ladder", ["--small", "--match", "flops"], "ladder_flops.md"),
+        ("ladder", ["--small", "--match", "parameters"], "ladder_parameters.md"),
         ("reference", [], "reference.md"),
         ("probe", [], "probes.md"),
         ("extend_context", [], "context.md"),
