@@ -261,7 +261,8 @@ def long_text(model, n_tokens=STEP + 12, prompt=STEP - 8):
     "name",
     [
         *("baseline", "sliding_window", "streaming", "latent", "relative_position"),
-        *("gated_delta_net", "hybrid", "native_sparse", "block_mixture", "deepseek_v3_2"),
+        *("gated_delta_net", "hybrid", "parallel_hybrid", "rwkv7", "mamba", "lfm2", "kimi_linear"),
+        *("native_sparse", "block_mixture", "deepseek_v3_2"),
     ],
 )
 def test_a_text_that_outgrows_its_cache_goes_on_as_if_recomputed(name):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import tiny_model
-from training import evaluations, losses, same_weights, train_baseline, write_corpus
+from training import evaluations, losses, same_weights, train_baseline, train_model, write_corpus
 
 from llm.config import TrainConfig
 from llm.models import MODELS
@@ -106,6 +106,15 @@ def test_a_run_with_muon_learns_and_goes_on_to_the_last_bit(data, tmp_path):
     assert curve[20]["eval_loss"] < curve[0]["eval_loss"] - 0.1
     half = find_checkpoints(straight / "checkpoints")[0]
     resumed = train_baseline(data, tmp_path / "resumed", "--optimizer", "muon", "--resume", half)
+    assert same_weights(straight, resumed)
+    assert losses(resumed)[20] == losses(straight)[20]
+
+
+@pytest.mark.parametrize("name", ["hybrid", "rwkv7"])
+def test_a_run_of_a_recurrent_model_goes_on_to_the_last_bit(data, tmp_path, name):
+    straight = train_model(name, data, tmp_path / "straight")
+    half = find_checkpoints(straight / "checkpoints")[0]
+    resumed = train_model(name, data, tmp_path / "resumed", "--resume", half)
     assert same_weights(straight, resumed)
     assert losses(resumed)[20] == losses(straight)[20]
 

@@ -56,7 +56,12 @@ def load(path: Path) -> ModuleType:
 
 def train_baseline(data: Path | str, out: Path | str, *flags: object) -> Path:
     """Run the script on `data` with a tiny model; `flags` come last, so they win. Returns `out`."""
-    script().main(command_line(RUN | MODEL | {"--model.d-ff": 64, "--data": data, "--out": out}, *flags))
+    return train_model("baseline", data, out, "--model.d-ff", 64, *flags)
+
+
+def train_model(name: str, data: Path | str, out: Path | str, *flags: object) -> Path:
+    """The same with the script of another model."""
+    script(f"train_{name}").main(command_line(RUN | MODEL | {"--data": data, "--out": out}, *flags))
     return out
 
 
