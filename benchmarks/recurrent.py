@@ -23,7 +23,7 @@ from llm.training.device import Machine, find_machine, keep_freed_memory
 
 FAMILY = (
     "baseline", "linear_attention", "retnet", "gated_linear_attention", "delta_net", "gated_delta_net", "kimi_delta",
-    "rwkv7", "mamba", "mamba2",
+    "rwkv7", "mamba", "mamba2", "minimax", "recurrent_gemma", "lfm2",
 )  # fmt: skip
 
 
