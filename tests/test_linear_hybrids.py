@@ -61,6 +61,13 @@ CASES = {
         | dict(num_hidden_layers=4, layer_types=[FULL, LINEAR] * 2),
     ),
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", NEXT),
+    "qwen3_5_moe, biases, tied, its own layers, yarn": (
+        "Qwen3_5MoeForCausalLM",
+        NEXT
+        | dict(attention_bias=True, tie_word_embeddings=True, linear_num_key_heads=4, linear_conv_kernel_dim=3)
+        | dict(num_hidden_layers=4, layer_types=None, head_dim=32, num_experts_per_tok=3)
+        | dict(rope_parameters=YARN | {"partial_rotary_factor": 0.25}),
+    ),
     "kimi_linear": ("KimiLinearForCausalLM", KIMI),
     "kimi_linear, its own layers, a latent of queries, groups": (
         "KimiLinearForCausalLM",
