@@ -10,7 +10,7 @@ from llm.models import MODELS
 from llm.training.gradient import Objective
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-QUICK = ("baseline", "mixtral", "deepseek_v3")  # without, with and with another kind of auxiliary loss
+QUICK = ("baseline", "mixtral", "deepseek_v3", "hybrid")  # no auxiliary loss, two kinds of it, and a recurrent state
 every_model = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 )
