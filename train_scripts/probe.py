@@ -54,8 +54,9 @@ class Arguments:
     """Train each model on each task, and write accuracy at the trained length and beyond."""
 
     models: tuple[str, ...] = (
-        *("baseline", "rope", "alibi", "nope", "sliding_window", "retnet", "delta_net", "gated_delta_net", "mamba2"),
-        *("rwkv7", "hybrid", "native_sparse", "delta_net, max_beta = 2", LSTM),
+        *("baseline", "rope", "alibi", "nope", "sliding_window", "native_sparse", "linear_attention", "retnet"),
+        *("gated_linear_attention", "delta_net", "delta_net, max_beta = 2", "gated_delta_net", "kimi_delta", "mamba"),
+        *("mamba2", "rwkv7", "hybrid", "parallel_hybrid", LSTM),
     )
     """Causal models of MODELS, or lstm. Settings may follow the name: "delta_net, max_beta = 2". `window` gives every
     layer of attention a window of so many tokens: "rope, window = 64"."""
@@ -242,7 +243,8 @@ def complete(a: Arguments, found: list[dict], todo: list[dict]) -> None:
 def report(runs: list[dict], a: Arguments) -> None:
     """Write a Markdown table and a heat map of accuracies, models by tasks, for each length."""
     tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
-    models = list(dict.fromkeys(run["model"] for run in runs))
+    there = [run["model"] for run in runs]
+    models = [model for model in dict.fromkeys((*a.models, *there)) if model in there]
     lines = []
     tables = {
         t: [[probe_accuracy(runs, model, task, t) for task in tasks] for model in models] for t in map(str, a.longer)
