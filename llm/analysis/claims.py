@@ -327,6 +327,12 @@ CLAIMS = [
         Probe("delta_net", "parity", 4),
     ),
     Claim(
+        "they also let it follow swaps among five things",
+        "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, arXiv 2411.12537",
+        Probe("delta_net, max_beta = 2", "s5", 4),
+        Probe("delta_net", "s5", 4),
+    ),
+    Claim(
         "a hybrid (a recurrent layer, then one of attention) recalls like full attention (5 points)",
         "Kimi Linear, arXiv 2510.26692",
         Probe("hybrid", "recall", 4),
@@ -349,6 +355,12 @@ CLAIMS = [
         "two layers of attention find what followed last time, one layer does not",
         "In-context Learning and Induction Heads, arXiv 2209.11895",
         Probe("rope", "induction"),
+        Probe("rope, n_layers = 1", "induction"),
+    ),
+    Claim(
+        "keys that hold the token before them (here by a short convolution) let one layer find it",
+        "In-context Learning and Induction Heads, arXiv 2209.11895",
+        Probe("delta_net, n_layers = 1", "induction"),
         Probe("rope, n_layers = 1", "induction"),
     ),
 ]
