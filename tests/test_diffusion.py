@@ -390,6 +390,16 @@ def test_prompts_of_different_lengths_are_continued_as_each_would_be_alone(name,
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("name", ["llada", "dream"])
+@pytest.mark.parametrize("sampler", [greedy, sampler_of(3)])
+def test_guidance_works_where_the_vocabulary_has_an_entry_for_hidden_tokens(name, sampler, tokens):
+    """As in published weights: it is never written, and the other logits are numbers."""
+    model = tiny_model(name, mask_token=5)
+    model.unmasking = Unmasking(guidance=0.5)
+    written = write(model, tokens.clamp(min=6), 21, sampler)
+    assert written.max() < VOCABULARY and 5 not in written
+
+
 @every_denoiser
 def test_a_text_ends_where_the_context_is_full(name, tokens):
     model = tiny_model(name)
@@ -436,6 +446,23 @@ def test_a_text_that_outgrows_its_cache_goes_on_as_without_a_cache():
             ]
             guesses = [int(model(t)[0, first + i].argmax()) for i, t in enumerate(left)]
             assert any(g == text[row, first + i] for i, g in enumerate(guesses))
+
+
+@every_denoiser
+def test_each_block_has_a_random_order_of_its_own(name, tokens, monkeypatch):
+    """Recorded where the sampler is asked: which places of a block are still hidden."""
+    model, orders = tiny_model(name, **({"block_size": 8} if name in BLOCKS else {})), []
+    model.unmasking = Unmasking(steps=8, block_size=8, order="random")
+    predict = type(model).predict
+
+    def recorded(self, *inputs):
+        orders.append(tuple((inputs[-1][0] == self.mask_token).tolist()))
+        return predict(self, *inputs)
+
+    monkeypatch.setattr(type(model), "predict", recorded)
+    write(model, tokens[:1, :8], 32)
+    blocks = [orders[i : i + 8] for i in range(0, 32, 8)]
+    assert len(orders) == 32 and len(set(map(str, blocks))) == 4
 
 
 def test_visible_tokens_stay_and_each_step_writes_as_many():

@@ -39,8 +39,9 @@ class BlockDenoiser(Denoiser):
     def generate(
         self, tokens: Tensor, max_new_tokens: int, sampler: Callable[[Tensor], Tensor], padding: Tensor | int = 0
     ) -> Iterator[Tensor]:
-        """As `Transformer.generate`, but yields (B, n), the tokens that a block adds to every text. `sampler` turns
-        logits (B, n, V) into tokens (B, n). A block that the prompt ends in is completed first."""
+        """As `Transformer.generate`, but it ends at max_seq_len, and yields (B, n), the tokens that a block adds to
+        every text. `sampler` turns logits (B, n, V) into tokens (B, n). A block that the prompt ends in is completed
+        first."""
         size, limit = self.config.block_size, self.config.max_seq_len
         n_new = min(tokens.shape[1] + max_new_tokens, limit) - tokens.shape[1]
         n_prompt = torch.as_tensor(tokens.shape[1] - padding, device=tokens.device).expand(len(tokens))
@@ -53,8 +54,9 @@ class BlockDenoiser(Denoiser):
             if first + size > n_slots:
                 n_slots = slots_for(first + size, limit)
                 cache = self.make_cache(len(text), n_slots).copy_from(cache)
-            block = text[:, first : first + size]
-            block.copy_(fill_in(block, block == self.mask_token, partial(self.predict, cache), sampler, self.unmasking))
+            block, predict = text[:, first : first + size], partial(self.predict, cache)
+            number = (first - begin) // size
+            block.copy_(fill_in(block, block == self.mask_token, predict, sampler, self.unmasking, number))
             self.hidden(block, cache)  # now that it is final, its keys and values stay
             new = torch.arange(written, min(first + size - begin - int((n_prompt % size).max()), n_new))
             yield text.gather(1, begin + (n_prompt % size)[:, None] + new.to(text.device))

@@ -72,8 +72,9 @@ class Denoiser(Transformer):
     def generate(
         self, tokens: Tensor, max_new_tokens: int, sampler: Callable[[Tensor], Tensor], padding: Tensor | int = 0
     ) -> Iterator[Tensor]:
-        """As `Transformer.generate`, but block by block, (B, n): the text has its full length from the start, and the
-        later blocks are hidden while one is written. `sampler` turns logits (B, n, V) into tokens (B, n)."""
+        """As `Transformer.generate`, but it ends at max_seq_len, and goes block by block, (B, n): the text has its full
+        length from the start, and the later blocks are hidden while one is written. `sampler` turns logits (B, n, V)
+        into tokens (B, n)."""
         begin, size = tokens.shape[1], self.unmasking.block_size
         end = min(begin + max_new_tokens, self.config.max_seq_len)
         text = F.pad(tokens, (0, end - begin), value=self.mask_token)
@@ -81,7 +82,8 @@ class Denoiser(Transformer):
             part = slice(first, min(first + size, end))
             predict = partial(self.predict, text, part, begin, padding)
             block = text[:, part]
-            text[:, part] = fill_in(block, torch.ones_like(block, dtype=torch.bool), predict, sampler, self.unmasking)
+            hidden, number = torch.ones_like(block, dtype=torch.bool), (first - begin) // size
+            text[:, part] = fill_in(block, hidden, predict, sampler, self.unmasking, number)
             yield text[:, part].clone()
 
     def predict(self, text: Tensor, part: slice, begin: int, padding: Tensor | int, block: Tensor) -> Tensor:
@@ -92,16 +94,19 @@ class Denoiser(Transformer):
             unprompted = text.clone()
             unprompted[:, :begin] = self.mask_token
             logits = logits + self.unmasking.guidance * (logits - self.logits_of(unprompted, part, padding))
-        return logits
+        return self.never_hidden(logits)
 
     def logits_of(self, text: Tensor, part: slice, padding: Tensor | int) -> Tensor:
         """(B, T) -> logits (B, n, V) of the tokens in `part`. The cache only says where each text begins."""
         x = self.aligned(self.hidden(text, self.make_cache(len(text), text.shape[1], padding)))
-        return self.choices(x[:, part])
+        return self.unembed(x[:, part])
 
     def choices(self, x: Tensor) -> Tensor:
         """(B, n, D) -> logits (B, n, V), in which a hidden token is never the choice."""
-        logits = self.unembed(x)
+        return self.never_hidden(self.unembed(x))
+
+    def never_hidden(self, logits: Tensor) -> Tensor:
+        """Changes logits (B, n, V) so that the entry of a hidden token is not chosen."""
         logits[..., self.mask_token : self.mask_token + 1] = -torch.inf  # nothing where it is no entry
         return logits
 

@@ -34,7 +34,7 @@ class Unmasking:
     guidance: float = 0.0
     """Classifier-free guidance: (1 + guidance) logits - guidance logits without the prompt; masked diffusion only."""
     seed: int = 0
-    """Draws the random order."""
+    """Draws the random order: another one for each block, the same in all texts."""
 
     def __post_init__(self):
         check_finite(self, "--unmasking.")
@@ -53,15 +53,17 @@ def fill_in(
     predict: Callable[[Tensor], Tensor],
     sampler: Callable[[Tensor], Tensor],
     unmasking: Unmasking,
+    number: int = 0,
 ) -> Tensor:
-    """Write the `hidden` (B, n) tokens of a block (B, n); the others stay.
+    """Write the `hidden` (B, n) tokens of a block (B, n), the `number`-th of its text; the others stay.
 
     `predict` turns the block into logits (B, n, V), `sampler` logits into tokens (B, n). The number of steps follows
     from n alone, so a text of a batch is written as it would be alone.
     """
     steps = min(unmasking.steps, block.shape[1])
     n_hidden = hidden.sum(-1)
-    places = torch.rand(block.shape[1], generator=torch.Generator().manual_seed(unmasking.seed)).to(block.device)
+    generator = torch.Generator().manual_seed(unmasking.seed + 1_000_003 * number)
+    places = torch.rand(block.shape[1], generator=generator).to(block.device)
     for step in range(1, steps + 1):
         logits = predict(block)
         drawn = sampler(logits)
