@@ -117,11 +117,12 @@ class TrainConfig:
 
 
 def check_finite(config: Any, prefix: str) -> None:
-    """Raises ValueError, naming the field and its flag, where a float of a dataclass is nan or infinite: comparisons
+    """Raises ValueError, naming the field and its flag, where a number of a dataclass is nan or infinite: comparisons
     with nan are never true, so the other checks may pass it. `prefix` is the beginning of the flags."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             name = field.name
             raise ValueError(f"{name} = {value} must be a finite number ({prefix}{name.replace('_', '-')})")
 

@@ -217,3 +217,22 @@ def test_no_number_of_a_config_may_be_nan_or_infinite(Config):
             ValueError, match=rf"{name} = {value} must be a finite number \(--.*{name.replace('_', '-')}"
         ):
             replace(whole, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        (
+            "falcon_h1",
+            {"ssm_multipliers": (1.0, math.nan, 1.0, 1.0, 1.0)},
+            r"finite number \(--model\.ssm-multipliers\)",
+        ),
+        ("falcon_h1", {"mlp_multipliers": (1.0,)}, r"must be 2 numbers \(--model\.mlp-multipliers\)"),
+        ("falcon_h1", {"n_mamba_groups": 3}, r"n_mamba_groups = 3 does not divide .*\(--model\.n-mamba-groups\)"),
+        ("nemotron_h", {"n_mamba_groups": 3}, r"n_mamba_groups = 3 does not divide .*\(--model\.n-mamba-groups\)"),
+        ("granitemoehybrid", {"n_state_groups": 3}, r"n_state_groups = 3 does not .*\(--model\.n-state-groups\)"),
+    ],
+)
+def test_what_hybrids_cannot_be_is_named_before_they_are_built(name, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS[name].Config(**wrong)

@@ -22,6 +22,7 @@ from llm.modules.recurrent.gated_linear_attention import GatedLinearAttention
 from llm.modules.recurrent.linear_attention import LinearAttention
 from llm.modules.recurrent.mamba import Mamba
 from llm.modules.recurrent.mamba2 import Mamba2
+from llm.modules.recurrent.parallel import ParallelMixers
 from llm.modules.recurrent.retention import LightningAttention, Retention
 from llm.modules.recurrent.rg_lru import GriffinRecurrence
 from llm.modules.recurrent.rwkv7 import TimeMix
@@ -349,6 +350,12 @@ def test_decays_are_drawn_by_their_module_in_every_scheme_and_do_not_decay(name,
     decaying = {id(p) for p in split_by_decay(mixer)[0]}
     kept = ("A_log", "dt_bias", "D", "mu", "r_k", "Lambda", "_bias", ".bias", "norm.weight")
     assert not [n for n, p in named.items() if n.endswith(kept) and id(p) in decaying]
+
+
+def test_mixers_side_by_side_do_not_share_a_cache_in_silence():
+    mixers = ParallelMixers(a=make_mixer("negative_eigenvalues"), b=make_mixer("negative_eigenvalues"))
+    with pytest.raises(ValueError, match=r"two parallel mixers would share a cache: both call a tensor .*state"):
+        mixers.make_cache(1, 8)
 
 
 def test_with_negative_eigenvalues_a_state_can_alternate():

@@ -20,7 +20,7 @@ from llm.modules.sparse.native import NativeSparseAttention
 class NativeSparse(Baseline):
     @dataclass(frozen=True)
     class Config(Baseline.Config):
-        """The baseline's sizes with four heads to a key head; the paper's sizes, divided by four."""
+        """The baseline's sizes with few key heads; blocks and window are a half to a quarter of the paper's."""
 
         n_kv_heads: int = 4
         """Key and value heads; must divide n_heads. Heads that share one share their selection."""

@@ -1,4 +1,4 @@
-"""RWKV-7: a recurrent state that erases and writes along two directions, and layers that see the token before.
+"""RWKV-7: a state that is erased along one direction and written along another; layers see the token before.
 
     time mix       S_t = diag(w_t) S_{t-1} - (a_t * c_t) (S_{t-1}^T c_t)^T + k_t v_t^T        the baseline: attention
     channel mix    relu(x' W_k)^2 W_v                                     the baseline: GELU(x W_k) W_v

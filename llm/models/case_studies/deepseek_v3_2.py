@@ -3,8 +3,8 @@
 DeepSeek-V3.2 (December 2025, arXiv 2512.02556) adds DeepSeek Sparse Attention to V3: an indexer of few narrow heads
 scores all earlier tokens, and each layer's latent attention reads the best 2,048 of them. Training goes on from dense
 attention: first only the indexer learns (`index_warmup`), then everything, with the choice in place. The commands of
-the three stages: docs/training.md, Stages of DeepSeek-V3.2.
-Published weights have no prediction module that transformers reads. Blog: Case studies, DeepSeek.
+the three stages: docs/training.md, Stages of DeepSeek-V3.2. Loading leaves out the prediction module of published
+weights, as transformers does. Blog: Case studies, DeepSeek.
 Gallery: docs/gallery/index.html#deepseek_v3_2
 """
 

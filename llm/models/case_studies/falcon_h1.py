@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llm.config import check_positive
+from llm.config import check_divides, check_positive, flag
 from llm.models.case_studies.config import CaseStudyConfig, grouped_heads
 from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
@@ -87,10 +87,11 @@ class FalconH1(Transformer):
         def __post_init__(self):
             super().__post_init__()
             check_positive(self, "n_mamba_heads", "mamba_head_dim", "n_mamba_groups", "d_state", "d_conv")
+            check_divides(self, "n_mamba_groups", "n_mamba_heads")
             for name, n in (("ssm_multipliers", 5), ("mlp_multipliers", 2)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON knows lists only
                 if len(getattr(self, name)) != n:
-                    raise ValueError(f"{name} = {getattr(self, name)} must be {n} numbers")
+                    raise ValueError(f"{name} = {getattr(self, name)} must be {n} numbers ({flag(self, name)})")
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.tok_embed(tokens) * self.config.embedding_multiplier

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from llm.config import check_layer_types, check_not_negative, check_positive
+from llm.config import check_divides, check_layer_types, check_not_negative, check_positive
 from llm.models.case_studies.config import CaseStudyConfig, grouped_heads
 from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
@@ -82,6 +82,7 @@ class GraniteMoEHybrid(Transformer):
             super().__post_init__()
             check_layer_types(self, LayerType.__args__)
             check_positive(self, "n_mamba_heads", "mamba_head_dim", "d_state", "n_state_groups", "d_conv")
+            check_divides(self, "n_state_groups", "n_mamba_heads")
             check_positive(self, "attention_multiplier", "logits_scaling")
             check_not_negative(self, "n_experts")
             if self.n_experts:

@@ -4,9 +4,9 @@
     attention:   grouped heads, query and key heads normalised, RoPE
 
 LFM2 Technical Report (Liquid AI, November 2025, arXiv 2511.23404): a search over mixers, judged by speed on devices and
-by quality, kept no recurrence longer than three tokens. Ten of the sixteen layers of the 1.2B model are convolutions,
-whose cache is two vectors. Six layers of attention carry everything over longer distances. The feed-forward layers are
-SwiGLU. Blog: Case studies; State-space models, hybrids.
+by quality, kept no recurrent layer: convolutions over three tokens were enough beside attention. Ten of the sixteen
+layers of the 1.2B model are convolutions, whose cache is two vectors. Six layers of attention carry everything over
+longer distances. The feed-forward layers are SwiGLU. Blog: Case studies; State-space models, hybrids.
 Gallery: docs/gallery/index.html#lfm2
 """
 

@@ -4,11 +4,11 @@
 
 Nemotron-H: A Family of Accurate and Efficient Hybrid Mamba-Transformer Models (NVIDIA, April 2025, arXiv 2504.03624):
 of 52 blocks in 8B, 24 are Mamba-2, 24 are feed-forward layers with ReLU squared, and 4 are attention, without
-positions. Nemotron Nano 2 (August 2025, arXiv 2508.14444) has 9 B parameters. Nemotron 3 Nano (December 2025) puts
-experts in place of feed-forward layers: 31.6 B parameters, 3.6 B of them active in a token, with DeepSeek-V3's router.
-The experts of Nemotron 3 Super read a narrower projection of the token (`d_latent`). Step sizes of Mamba-2 are at least
-0.001: transformers has this limit for prompts only, here it holds for each token. The prediction module of the training
-is left out. Blog: Case studies; State-space models, hybrids.
+positions. Nemotron Nano 2 (August 2025, arXiv 2508.14444) has 9 B parameters. Nemotron 3 Nano (December 2025, arXiv
+2512.20848) puts experts in place of feed-forward layers: 31.6 B parameters, 3.6 B of them active in a token with those
+of the embeddings, and DeepSeek-V3's router. The experts of Nemotron 3 Super read a narrower projection of the token
+(`d_latent`). Step sizes of Mamba-2 are at least 0.001: transformers has this limit for prompts only, here it holds for
+each token. The prediction module of the training is left out. Blog: Case studies; State-space models, hybrids.
 Gallery: docs/gallery/index.html#nemotron_h
 """
 
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from llm.config import check_positive
+from llm.config import check_divides, check_positive
 from llm.models.case_studies.config import GroupedConfig
 from llm.models.transformer import Transformer
 from llm.modules.attention.multi_head import MultiHeadAttention
@@ -82,6 +82,7 @@ class NemotronH(Transformer):
             super().__post_init__()
             check_positive(self, "n_mamba_heads", "mamba_head_dim", "n_mamba_groups", "d_state", "d_conv", "d_expert")
             check_positive(self, "head_dim", "d_shared", "d_latent", "n_groups", "top_k_groups")
+            check_divides(self, "n_mamba_groups", "n_mamba_heads")
             check_routing(self.n_experts, self.top_k, self.n_groups, self.top_k_groups)
             if not self.pattern or set(self.pattern) - set("M*-E"):
                 raise ValueError(f"pattern = {self.pattern!r} must consist of M, *, - and E (--model.pattern)")

@@ -2,10 +2,10 @@
 
 Qwen3-Next-80B-A3B (Qwen Team, September 2025; no paper) activates 3 B of 80 B parameters. Three of four layers keep a
 state of fixed size (Gated Delta Networks, arXiv 2412.06464), so only every fourth layer has a cache, of two key heads.
-Its attention has a sigmoid gate on every channel of the output (Gated Attention, arXiv 2505.06708), which does away
-with attention sinks, a norm on each query and key head, and RoPE on a quarter of each head, of 256 channels. A token
-goes to 10 experts and to a shared one with a gate of its own. All norms have a gain of 1 + w, but for that on the heads
-of Gated DeltaNet. The prediction module of its training is left out here. Blog: Case studies, Qwen; Linear attention.
+Its attention has a norm on each query and key head, RoPE on a quarter of each head, of 256 channels, and a sigmoid gate
+on every channel of the output (Gated Attention, arXiv 2505.06708), which does away with attention sinks. A token goes
+to 10 experts and to a shared one with a gate of its own. All norms have a gain of 1 + w, but for that on the heads of
+Gated DeltaNet. The prediction module of its training is left out here. Blog: Case studies, Qwen; Linear attention.
 Gallery: docs/gallery/index.html#qwen3_next
 """
 

@@ -6,8 +6,9 @@
 Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient Language Models, arXiv 2402.19427;
 RecurrentGemma: Moving Past Transformers for Efficient Open Language Models (Google DeepMind, April 2024, arXiv
 2404.07839), with 2 B and 9 B parameters. Neither kind of layer has a cache that grows beyond the window, so a text may
-be of any length. From Gemma come scaled embeddings, gains of 1 + w, tanh GeGLU (here with biases) and logits within
-30 tanh(x / 30). The embeddings' factor sqrt(d_model) is rounded to bf16, whatever the dtype of the weights.
+be of any length if max_seq_len is. From Gemma come scaled embeddings, gains of 1 + w, tanh GeGLU (here with biases) and
+logits within 30 tanh(x / 30). The embeddings' factor sqrt(d_model) is rounded to bf16, whatever the dtype of the
+weights.
 Blog: Case studies, Gemma; State-space models, hybrids.
 Gallery: docs/gallery/index.html#recurrent_gemma
 """
@@ -90,10 +91,6 @@ class RecurrentGemma(Gemma):
             return GriffinRecurrence(d_model=c.d_model, d_rnn=c.d_rnn, n_heads=c.n_heads, d_conv=c.d_conv)
         heads = grouped_heads(c, c.partial_rotary_factor)
         return MultiHeadAttention(**heads, mask=Window(c.window_size), qkv_bias=c.attention_bias, o_bias=True)
-
-    @property
-    def has_plain_head(self) -> bool:
-        return False
 
     def unembed(self, x: Tensor) -> Tensor:
         return cap(super().unembed(x), self.config.logit_soft_cap)

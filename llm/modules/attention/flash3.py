@@ -72,12 +72,13 @@ def ping_pong(n_tiles: int) -> list[tuple[str, str]]:
 def fp8_attention(
     q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, by_block: bool = True, rotation: Tensor | None = None
 ) -> Tensor:
-    """Attention whose products have fp8 factors and fp32 sums. q (B, H, T, D), k (B, H, S, D), v (B, H, S, D_v).
+    """Attention whose products have fp8 factors and fp32 sums. q (B, H, T, D), k (B, H, S, D), v (B, H, S, D_v), fp32.
 
     by_block   one scale for each tile of a head, or else one for the whole tensor
     rotation   M (D, D), orthogonal, for incoherent processing: `random_rotation`
     """
     if rotation is not None:
+        rotation = rotation.to(q)  # its dtype and device
         q, k = q @ rotation, k @ rotation
     q, k, v = (
         round_to_fp8(x, size if by_block else None)

@@ -16,8 +16,9 @@
 | RG-LRU                 | a_t * S, S a vector            | sqrt(1 - a_t^2) i_t x_t          | 2402.19427             |
 
 Linear attention, Mamba and RG-LRU add what they are given. The delta rule first reads what the key already stores and
-writes only the difference, so that a key can be overwritten. RWKV-7 erases along one key and writes along another: a is
-the -c of rwkv7.py, and b its gate times c. Mamba's S is the transpose of mamba.py's h, and x its u.
+writes only the difference, so that a key can be overwritten. RWKV-7 erases along one key and writes along another: the
+a here is -c in rwkv7.py, and b is c times the a there. Mamba's S is the transpose of mamba.py's h; x is u in mamba.py
+and rg_lru.py.
 
 The functions here are the definitions, one token after the other. llm/modules/kernels/recurrence.py computes the same
 in chunks. Shapes: q, k, a, b (B, T, H, K), v (B, T, H, V), log_decay <= 0 (B, T, H, 1 or K), beta (B, T, H, 1), state

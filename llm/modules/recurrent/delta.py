@@ -32,7 +32,10 @@ class DeltaNet(nn.Module):
     n_k_heads      query and key heads, a divisor of n_heads, which counts the value heads; n_heads where not given
     head_dim       width of a query and key head; d_model / n_heads where it is not given
     v_head_dim     width of a value head; d_model / n_heads where it is not given
-    max_beta       2 allows negative eigenvalues; above 2 the state would grow, which raises ValueError
+    d_conv         tokens that the short convolution mixes
+    max_beta       above 1 there are negative eigenvalues; 2 at most, since beyond it the state would grow
+
+    Raises ValueError where n_k_heads does not divide n_heads, or max_beta is not in (0, 2].
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class DeltaNet(nn.Module):
         super().__init__()
         n_k_heads = n_k_heads or n_heads
         if n_heads % n_k_heads:
-            raise ValueError(f"n_k_heads = {n_k_heads} must divide n_heads = {n_heads} (--model.n-k-heads)")
+            raise ValueError(f"n_k_heads = {n_k_heads} must divide n_heads = {n_heads}")
         if not 0 < max_beta <= 2:
             raise ValueError(f"max_beta = {max_beta} must be above 0 and at most 2 (--model.max-beta)")
         self.n_heads, self.max_beta = n_heads, max_beta

@@ -27,7 +27,10 @@ class Mamba2(nn.Module):
     d_state              width of B and C, the keys and queries
     n_groups             pairs of B and C; a divisor of n_heads. The norm is taken over each group's channels
     norm_eps             None: no norm after the gate (Falcon-H1)
+    d_conv, conv_bias    tokens that the short convolution mixes, and whether it has a bias
     dt_min               steps are at least this long (Nemotron-H)
+
+    Raises ValueError where n_groups does not divide n_heads.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Mamba2(nn.Module):
     ):
         super().__init__()
         if n_heads % n_groups:
-            raise ValueError(f"n_groups = {n_groups} must divide n_heads = {n_heads} (--model.n-heads)")
+            raise ValueError(f"n_groups = {n_groups} must divide n_heads = {n_heads}, both of Mamba-2")
         d_inner = n_heads * head_dim
         self.n_heads, self.head_dim, self.d_state, self.n_groups = n_heads, head_dim, d_state, n_groups
         self.widths = [d_inner, n_groups * d_state, n_groups * d_state]

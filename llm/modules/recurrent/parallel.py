@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 class ParallelMixers(nn.ModuleDict):
-    """(B, T, d_model) -> (B, T, d_model). Mixers by name. Their caches share one dict, so names in them must differ."""
+    """(B, T, d_model) -> (B, T, d_model). Mixers by name. Their caches share one dict, so the names in
+    these must differ; `make_cache` raises ValueError where they do not."""
 
     def __init__(self, **mixers: nn.Module):
         super().__init__(mixers)
@@ -20,5 +21,10 @@ class ParallelMixers(nn.ModuleDict):
     def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for mixer in self.values():
-            tensors |= mixer.make_cache(batch_size, length)
+            new = mixer.make_cache(batch_size, length)
+            if shared := tensors.keys() & new.keys():
+                raise ValueError(
+                    f"two parallel mixers would share a cache: both call a tensor {', '.join(sorted(shared))}"
+                )
+            tensors |= new
         return tensors

@@ -128,7 +128,7 @@ class TokenShift(nn.Module):
 
 
 class LowRank(nn.Module):
-    """act(x W_a) W_b + bias, (.., D) -> (.., D). It begins at its bias: W_a is 0."""
+    """act(x W_a) W_b + bias, (.., D) -> (.., D). At first its input makes no difference: W_a is 0."""
 
     def __init__(
         self,

@@ -2,9 +2,9 @@
 
     y_t = act(w_1 x_{t-3} + w_2 x_{t-2} + w_3 x_{t-1} + w_4 x_t + b)        for each channel, with width 4
 
-A state that is read with one query cannot compare neighbouring tokens by itself. Almost every recurrent layer since H3
-has such a convolution before its keys, queries and values. Hungry Hungry Hippos, arXiv 2212.14052; Mamba,
-arXiv 2312.00752, section 3.4. Blog: State-space models.
+A state that is read with one query cannot compare neighbouring tokens by itself. Most delta rules and state-space
+layers since H3 have such a convolution before their keys, queries and values. Hungry Hungry Hippos, arXiv 2212.14052;
+Mamba, arXiv 2312.00752, section 3.4. Blog: State-space models.
 
 `GatedConvolution` is the same as a whole mixer: LFM2 uses it for most of its layers.
 """

@@ -24,7 +24,7 @@ class BlockMixtureAttention(MultiHeadAttention):
     """Multi-head attention to `top_k` blocks of `block_size` tokens, the query's own among them.
 
     `options` are those of MultiHeadAttention, except mask and score_bias: the chosen blocks are all that a query sees.
-    Raises ValueError for a size below 1, and for these two.
+    Raises ValueError for a size below 1, and where a mask or score_bias is given.
     """
 
     def __init__(self, *, block_size: int, top_k: int, **options):

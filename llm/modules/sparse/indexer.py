@@ -7,9 +7,10 @@ The choice has no gradient, so the indexer has a loss of its own and reads its i
 
     loss = mean over t of KL(p_t || softmax(I_t))      p_t: the probabilities of the main attention, mean over its heads
 
-over the chosen tokens. In the warm-up before that, attention is dense, the KL is over all tokens up to t, and every
-weight but the indexers' is frozen. The published code also rotates q and k by a Hadamard matrix and scores in fp8;
-neither changes the idea. DeepSeek-V3.2, arXiv 2512.02556, section 2. Blog: Attention, learned sparse attention.
+p_t and the softmax are taken over the chosen tokens. In the warm-up before that, attention is dense, the KL is over all
+tokens up to t, and every weight but the indexers' is frozen. The published code also rotates q and k by a Hadamard
+matrix and scores in fp8; neither changes the idea. DeepSeek-V3.2, arXiv 2512.02556, section 2. Blog: Attention, learned
+sparse attention.
 """
 
 from functools import partial
