@@ -100,15 +100,16 @@ HEAD = """# The papers' claims, tried again
 
 Written by `python train_scripts/claims.py --report` from the rows in [results](results/). Each difference is the mean
 over three seeds ± its standard error, paired by seed: nats per token for losses (lower is better), percentage points
-for accuracies (higher is better). "Holds" and "does not hold here" need a difference that a t-test tells from noise
-(p < 0.05). A claim that loses "little" names its margin and holds where the loss is smaller for certain.
+for accuracies (higher is better); the balance of experts is a ratio of loads. "Holds" and "does not hold here" need a
+difference that a t-test tells from noise (p < 0.05). A claim that loses little or nothing names a margin and holds
+where the loss is smaller than it for certain.
 
 Training runs: {tokens:,} tokens of stories at the ladder's size and the baseline's FLOPs, initialisation {init}.
 A model alone is the ladder's, at its best rate; one with settings has the rate {rate:g}, or as many times it as is
-said. Probes have the best of their rates. Texts eight times as long as in training, by `python
-train_scripts/extend_context.py`: the loss of the
-last tokens where one model is read in two ways; where two models are compared, how much more it is than with only as
-much text as in training. The [experiments](experiments.md) say more.
+said. Probes have the best of up to three rates: one that solves the task ends the search. For long texts, eight times
+those of training (`python train_scripts/extend_context.py`), a claim about one model read in two ways compares the loss
+of the last tokens. A claim about two models compares how much this loss rises over the one with only as much text as in
+training. The [experiments](experiments.md) say more.
 
 """
 
