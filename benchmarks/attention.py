@@ -23,7 +23,6 @@ from llm.modules.kernels.attention import attend
 from llm.modules.position_encoding.alibi import ALiBi
 from llm.modules.position_encoding.relative import DistanceScores
 from llm.modules.position_encoding.t5_bias import T5Bias
-from llm.training.device import keep_freed_memory
 
 HEADS, WIDTH = 4, 32
 
@@ -67,7 +66,6 @@ def main(arguments: list[str] | None = None) -> None:
     flags = tyro.cli(Arguments, args=arguments)
     torch.set_num_threads(flags.threads)
     device, dtype, n = torch.device("cpu"), getattr(torch, flags.dtype), flags.length
-    keep_freed_memory(device)  # as training does
     positions = torch.arange(n)
 
     def draw(*shape: int) -> Tensor:
