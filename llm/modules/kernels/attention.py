@@ -157,7 +157,7 @@ def attend_by_remainder(
         return F.pad(x, (0, 0, 0, -length % n)).unflatten(2, (-1, n)).movedim(3, 1).flatten(0, 1)
 
     q, k, v = split(q), split(k), split(v)
-    if not isinstance(mask, Causal) and (q.shape[2] <= LONGEST or blocks_serve(q, mask)):
+    if q.shape[2] <= LONGEST or blocks_serve(q, mask):
         k, v, n_queries = share_heads(q, k), share_heads(q, v), max(FEWEST_QUERIES // 2, QUERIES // n)
         heads = blocked_attention(q, k, v, mask, scale, sinks=sinks, n_queries=n_queries)
     else:
