@@ -15,6 +15,7 @@ from llm.modules.blocks import (
     SandwichBlock,
     TwoNormParallelBlock,
 )
+from llm.modules.kernels.rms_norm import rms_norm
 from llm.modules.norms import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,6 +42,19 @@ def root_mean_square(x: torch.Tensor, eps: float) -> torch.Tensor:
 def test_rms_norm_is_its_formula(eps):
     norm, x = drawn(RMSNorm(DIM, eps).double()), batch(2, 5, DIM)
     torch.testing.assert_close(norm(x), x / root_mean_square(x, eps) * norm.weight, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.005)])
+def test_rms_norm_has_the_gradients_of_its_formula(dtype, share):
+    """Those of the gain are sums over 4,096 tokens."""
+    x, gain, weights = batch(8, 512, DIM, dtype=dtype), batch(DIM, dtype=dtype), batch(8, 512, DIM, dtype=dtype) - 2
+    exact = [part.double().requires_grad_() for part in (x, gain)]
+    rough = [part.detach().requires_grad_() for part in (x, gain)]
+    expected = torch.autograd.grad((exact[0] / root_mean_square(exact[0], 0.5) * exact[1] * weights).sum(), exact)
+    found = torch.autograd.grad((rms_norm(*rough, eps=0.5) * weights).sum(), rough)
+    for right, gradient in zip(expected, found, strict=True):
+        assert gradient.dtype is dtype
+        assert (gradient - right).norm() < share * right.norm()
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.5])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm.modules.kernels.rms_norm import rms_norm
+
 
 class RMSNorm(nn.Module):
     """Divide the last axis by its root mean square: (.., dim) -> (.., dim).
@@ -26,7 +28,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class OnceRoundedRMSNorm(RMSNorm):
