@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm.modules.kernels.convolution import Depthwise
+from llm.modules.kernels.precision import is_remote
 from llm.modules.recurrent.state import hide_padding
 
 
@@ -51,7 +53,8 @@ class ShortConvolution(nn.Module):
         else:
             inputs = torch.cat([cache["conv"], hidden], 1)
             cache["conv"].copy_(inputs[:, x.shape[1] :])
-        y = explicit_convolution(inputs, self.weight[:, 0], self.bias).to(x.dtype)
+        convolve = explicit_convolution if x.shape[1] == 1 or is_remote(x) else Depthwise.apply
+        y = convolve(inputs, self.weight[:, 0], self.bias).to(x.dtype)
         return y if self.activation is None else self.activation(y)
 
     def make_cache(self, batch_size: int) -> dict[str, Tensor]:
