@@ -14,6 +14,7 @@ from llm.models import MODELS
 from llm.modules.cache import Cache
 from llm.modules.initialization import SCHEMES, initialize
 from llm.modules.kernels import chunks, fla, recurrence, scan
+from llm.modules.kernels.convolution import Depthwise
 from llm.modules.kernels.recurrence import delta_rule, linear_attention, low_rank
 from llm.modules.position_encoding.rope import RoPE
 from llm.modules.recurrent import core
@@ -26,7 +27,7 @@ from llm.modules.recurrent.parallel import ParallelMixers
 from llm.modules.recurrent.retention import LightningAttention, Retention
 from llm.modules.recurrent.rg_lru import GriffinRecurrence
 from llm.modules.recurrent.rwkv7 import TimeMix
-from llm.modules.recurrent.short_convolution import GatedConvolution, ShortConvolution
+from llm.modules.recurrent.short_convolution import GatedConvolution, ShortConvolution, explicit_convolution
 from llm.training.optim import split_by_decay
 
 B, T, H, K, V = 2, 150, 3, 8, 5
@@ -119,6 +120,23 @@ def test_chunks_equal_the_loop_in_values_and_gradients(kind, decay_width, streng
         results.append([o, state, *gradients])
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(results[2], results[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("decay_width", [1, K])
+@pytest.mark.parametrize("kind", EXPLICIT)
+def test_gradients_are_right_under_autocast_also_those_of_strong_decays(kind, decay_width, strength):
+    """With strong decays a token's product with itself, which does not decay, is larger than all others."""
+    inputs = [x.detach().bfloat16().double() for x in arguments(kind, decay_width, strength)]
+    explicit, chunked, _ = EXPLICIT[kind]
+    exact, rough = ([x.to(dtype).requires_grad_() for x in inputs] for dtype in (torch.float64, torch.float32))
+    expected = explicit(*exact)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = chunked(*rough)[0]
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    right, gradients = (torch.autograd.grad((o * weights).sum(), x) for o, x in ((expected, exact), (found, rough)))
+    for i, (gradient, exactly) in enumerate(zip(gradients, right, strict=True)):
+        assert (gradient - exactly).norm() < 0.03 * exactly.norm(), f"argument {i}"
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "delta_rule"])
@@ -241,6 +259,19 @@ def test_a_short_convolution_is_torchs_conv1d(width):
     cache = ours.make_cache(2)
     steps = [ours(x[:, t], positions[t].expand(2, -1), cache) for t in map(slice, (0, 3, 4), (3, 4, 9))]
     torch.testing.assert_close(torch.cat(steps, 1), expected)
+
+
+def test_a_short_convolution_has_the_gradients_of_its_definition_in_bf16_too():
+    """Sums over 4,096 tokens, each product of which is rounded to bf16."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(8, 515, 6), torch.randn(6, 4), torch.randn(6)]
+    exact = [x.bfloat16().double().requires_grad_() for x in inputs]
+    rough = [x.bfloat16().requires_grad_() for x in inputs]
+    weights = torch.randn(8, 512, 6).bfloat16()
+    expected = torch.autograd.grad((explicit_convolution(*exact) * weights).sum(), exact)
+    found = torch.autograd.grad((Depthwise.apply(*rough) * weights).sum(), rough)
+    for right, gradient in zip(expected, found, strict=True):
+        assert (gradient - right).norm() < 0.005 * right.norm()
 
 
 # Mixers

@@ -9,15 +9,17 @@ With total_t the sum of the log decays from the start of the chunk to token t, a
     low rank   (I - p_ab) z = p_ak v + (a exp(total)) S              z_t = S_{t-1}^T a_t
                o = p_qk v + p_qb z + ..                              a reads before its token's decay: rows shifted by 1
 
-`end` is the last total. A text is filled up with zeros: no input, no decay, no correction.
+`end` is the last total. p: decayed_products.py. A text is filled up with zeros: no input, no decay, no correction.
 Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484; Gated Linear Attention,
 arXiv 2312.06635, section 4; Kimi Linear, arXiv 2510.26692, section 3. Blog: State-space models.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llm.modules.kernels.decayed_products import DecayedByHead, decayed_products
 from llm.modules.kernels.precision import product_dtype
 
 CHUNK = 64
@@ -37,103 +39,90 @@ def chunked_linear_attention(
     end, by_head = total[..., -1:, :], log_decay.shape[-1] == 1
     n_heads, n_shared = v.shape[1], v.shape[1] // q.shape[1]
     if by_head:
-        products = (q.to(dtype) @ k.to(dtype).mT).repeat_interleave(n_shared, 1)
-        read = products * decay_between(total).to(dtype)  # (B, H, N, C, C)
-        scaled = (v * (end - total).exp()).to(dtype)
+        products = q.to(dtype) @ k.to(dtype).mT
+        read = DecayedByHead.apply(products[:, :, None], total.unflatten(1, (-1, n_shared))).flatten(
+            1, 2
+        )  # (B, H, N, C, C)
+        scaled = v.to(dtype) * (end - total).exp().to(dtype)
         writes = apart(k.to(dtype).mT @ together(scaled, n_shared), n_heads)  # (B, H, N, K, V)
     else:
-        read = decayed_products(q, k, total, dtype)
-        writes = (k * (end - total).exp()).to(dtype).mT @ v.to(dtype)
+        read = decayed_products(q.unsqueeze(-3), k.unsqueeze(-3), total, dtype)[..., 0, 0, :, :]
+        writes = (k.to(dtype) * (end - total).exp().to(dtype)).mT @ v.to(dtype)
     before, after = [], state
     for decay, write in zip(end.exp().mT.unbind(2), writes.unbind(2), strict=True):
-        before.append(after)
+        before.append(after.to(dtype))
         after = decay * after + write
-    states = torch.stack(before, 2).to(dtype)
+    states = torch.stack(before, 2)
     if by_head:
         carried = apart(q.to(dtype) @ together(states, n_shared), n_heads) * total.exp().to(dtype)
     else:
-        carried = (q * total.exp()).to(dtype) @ states
+        carried = (q.to(dtype) * total.exp().to(dtype)) @ states
     return as_text(read @ v.to(dtype) + carried, n_tokens), after
 
 
 def chunked_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`explicit_delta_rule`, with products in v's dtype or autocast's, the triangular solve and the state in fp32."""
+    """`explicit_delta_rule`, with products in v's dtype or autocast's, the inverse and the state in fp32."""
     n_tokens, dtype = q.shape[1], product_dtype(v)
-    q, k, v, log_decay, beta = (in_chunks(x) for x in (q, k, v, log_decay, beta))
+    q, k, v, log_decay, beta = (in_chunks(x) for x in (q.to(dtype), k.to(dtype), v.to(dtype), log_decay, beta))
     total = log_decay.cumsum(-2)
-    end, since_start = total[..., -1:, :], total.exp()
-    read, own = decayed_products(torch.stack([q, k]), k, total, dtype).unbind(0)
-    # without `own` on the diagonal: the solve takes ones there
-    right = beta * torch.cat([v, k * since_start], -1)
-    solved = torch.linalg.solve_triangular(
-        (beta * own).to(state.dtype), right.to(state.dtype), upper=False, unitriangular=True
-    )
-    u, w = solved.to(dtype).split([v.shape[-1], k.shape[-1]], -1)
-    keys = (k * (end - total).exp()).to(dtype).mT
+    end, since_start = total[..., -1:, :], total.exp().to(dtype)
+    read, own = decayed_products(torch.stack([q, k], -3), k.unsqueeze(-3), total, dtype)[..., 0, :, :].unbind(-3)
+    right = beta.to(dtype) * torch.cat([v, k * since_start], -1)
+    solved = Inverse.apply((beta * own).to(state.dtype)).to(dtype) @ right
+    u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
+    keys = (k * (end - total).exp().to(dtype)).mT
     before, new, after = [], [], state
     for decay, key, u_n, w_n in zip(*(x.unbind(2) for x in (end.exp().mT, keys, u, w)), strict=True):
         before.append(after.to(dtype))
         new.append(u_n - w_n @ before[-1])
         after = decay * after + key @ new[-1]
-    carried = (q * since_start).to(dtype) @ torch.stack(before, 2)
+    carried = (q * since_start) @ torch.stack(before, 2)
     return as_text(read @ torch.stack(new, 2) + carried, n_tokens), after
 
 
 def chunked_low_rank(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`explicit_low_rank`, with products in v's dtype or autocast's, the triangular solve and the state in fp32."""
+    """`explicit_low_rank`, with products in v's dtype or autocast's, the inverse and the state in fp32."""
     n_tokens, dtype = q.shape[1], product_dtype(v)
-    q, k, v, a, b, log_decay = (in_chunks(x) for x in (q, k, v, a, b, log_decay))
-    total = log_decay.cumsum(-2)
-    end, v = total[..., -1:, :], v.to(dtype)
-    reads = torch.stack([q, earlier(a, -1)])[:, None]  # a of the next token reads this token's state
-    products = decayed_products(reads, torch.stack([k, b])[None], total, dtype)
-    (q_k, q_b), (a_k, a_b) = products[0], earlier(products[1], 1)
-    a_start = a * earlier(total, 1).exp()
-    right = torch.cat([a_k @ v, a_start.to(dtype)], -1)
-    solved = torch.linalg.solve_triangular(-a_b.to(state.dtype), right.to(state.dtype), upper=False, unitriangular=True)
-    u, w = solved.to(dtype).split([v.shape[-1], k.shape[-1]], -1)
-    to_end = (end - total).exp()
-    keys, erased = ((x * to_end).to(dtype).mT for x in (k, b))
+    q, k, v, a, b = (in_chunks(x.to(dtype)) for x in (q, k, v, a, b))
+    total = in_chunks(log_decay).cumsum(-2)
+    end = total[..., -1:, :]
+    reads = torch.stack([q, earlier(a, -1)], -3)  # a of the next token reads this token's state
+    of_q, of_a = decayed_products(reads, torch.stack([k, b], -3), total, dtype).unbind(-4)
+    (q_k, q_b), (a_k, a_b) = of_q.unbind(-3), earlier(of_a, 1).unbind(-3)
+    right = torch.cat([a_k @ v, a * earlier(total, 1).exp().to(dtype)], -1)
+    solved = Inverse.apply(-a_b.to(state.dtype)).to(dtype) @ right
+    u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
+    to_end = (end - total).exp().to(dtype)
+    keys, erased = ((x * to_end).mT for x in (k, b))
     writes = keys @ v
     before, z, after = [], [], state
     for decay, key, u_n, w_n, write in zip(*(x.unbind(2) for x in (end.exp().mT, erased, u, w, writes)), strict=True):
         before.append(after.to(dtype))
         z.append(u_n + w_n @ before[-1])
         after = decay * after + key @ z[-1] + write
-    carried = (q * total.exp()).to(dtype) @ torch.stack(before, 2)
+    carried = (q * total.exp().to(dtype)) @ torch.stack(before, 2)
     return as_text(q_k @ v + q_b @ torch.stack(z, 2) + carried, n_tokens), after
 
 
-def decayed_products(q: Tensor, k: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_c q_t k_j exp(total_t - total_j) for j <= t, else 0: q and k (.., C, K), total (.., C, 1 or K) -> (.., C, C).
+class Inverse(torch.autograd.Function):
+    """(I + A)^-1, where A (.., C, C) is read below its diagonal only: X of (I + A) X = I, and dA = -X^T dX X^T."""
 
-    One decay for all channels factors out of the sum. Decays per channel could be split into exp(total_t) and
-    exp(-total_j), but the second overflows. So the chunk is halved: seen from the boundary, the late half has decayed
-    since and the early half will have decayed until then, and both exponents are <= 0. Each half is halved again,
-    down to single tokens.
-    """
-    size = q.shape[-2]
-    if total.shape[-1] == 1:
-        return q.to(dtype) @ k.to(dtype).mT * decay_between(total).to(dtype)
-    if size == 1:
-        return (q * k).sum(-1, keepdim=True).to(dtype)
-    q, k, total = (x.unflatten(-2, (2, -1)) for x in (q, k, total))  # (.., 2, C / 2, K)
-    (q_late, k_early), (early, late) = (q[..., 1, :, :], k[..., 0, :, :]), total.unbind(-3)
-    boundary = early[..., -1:, :]
-    across = (q_late * (late - boundary).exp()).to(dtype) @ (k_early * (boundary - early).exp()).to(dtype).mT
-    first, second = decayed_products(q, k, total, dtype).unbind(-3)
-    return torch.cat([F.pad(first, (0, size // 2)), torch.cat([across, second], -1)], -2)
+    @staticmethod
+    def forward(ctx, a: Tensor) -> Tensor:
+        ones = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        inverse = torch.linalg.solve_triangular(a, ones, upper=False, unitriangular=True)
+        ctx.save_for_backward(inverse)
+        return inverse
 
-
-def decay_between(total: Tensor) -> Tensor:
-    """exp(total_t - total_j) for j <= t, else 0: (.., C, 1) -> (.., C, C)."""
-    size = total.shape[-2]
-    later = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
-    return (total - total.mT).masked_fill(later, -torch.inf).exp()
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
 
 
 def together(x: Tensor, n_shared: int) -> Tensor:
@@ -154,8 +143,9 @@ def earlier(x: Tensor, n: int) -> Tensor:
 
 def in_chunks(x: Tensor) -> Tensor:
     """(B, T, H, K) -> (B, H, N, 64, K), filled up with zeros."""
-    filled = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % CHUNK))
-    return filled.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4)
+    missing = -x.shape[1] % CHUNK
+    filled = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+    return filled.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def as_text(o: Tensor, n_tokens: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.modules.kernels.precision import without_autocast
+from llm.modules.kernels.precision import is_remote, without_autocast
 
 CHUNK = 64
 
@@ -34,12 +34,20 @@ def selective_scan(
     if u.shape[1] == 1:
         y, state = selective_scan_step(u[:, 0], dt[:, 0], rates, b[:, 0], c[:, 0], state)
         return y[:, None].to(dtype), state
-    outputs = []
+    at_once = len(u) if is_remote(u) else 1  # the gates and states of one text stay in a CPU's cache
+    texts = zip(*(x.split(at_once) for x in (dt * u, dt, b, c, state)), strict=True)
     with without_autocast(u):
-        for chunk in zip(*(x.split(CHUNK, 1) for x in (dt * u, dt, b, c)), strict=True):
-            y, state = SelectiveChunk.apply(*chunk, rates, state)
-            outputs.append(y)
-    return torch.cat(outputs, 1).to(dtype), state
+        ys, states = zip(*(scan_in_chunks(*text, rates) for text in texts), strict=True)
+    return torch.cat(ys).to(dtype), torch.cat(states)
+
+
+def scan_in_chunks(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+    """`selective_scan` of x = dt u, in fp32 or wider."""
+    outputs = []
+    for chunk in zip(*(part.split(CHUNK, 1) for part in (x, dt, b, c)), strict=True):
+        y, state = SelectiveChunk.apply(*chunk, rates, state)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
 
 
 def selective_scan_step(
@@ -76,7 +84,8 @@ class SelectiveChunk(torch.autograd.Function):
         gates[0].mul_(state)
         gates.mul_(grad)
         grad_dt = torch.einsum("tbdn,dn->btd", gates, rates)
-        return grad_x, grad_dt, grad_b, grad_c, torch.einsum("tbdn,btd->dn", gates, dt), grad_first
+        grad_rates = gates.mul_(dt.transpose(0, 1)[..., None]).sum((0, 1))
+        return grad_x, grad_dt, grad_b, grad_c, grad_rates, grad_first
 
 
 def chunk_states(x: Tensor, dt: Tensor, b: Tensor, rates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

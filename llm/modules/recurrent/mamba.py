@@ -59,7 +59,7 @@ class Mamba(nn.Module):
         (dt,) = hide_padding(positions, dt)  # a step of 0 keeps the state
         y, state = selective_scan(u, dt, self.rates(), self.b_norm(b), self.c_norm(c), kept(cache))
         keep(cache, state=state)
-        return self.o_proj((y + self.D.to(u.dtype) * u) * F.silu(z))
+        return self.o_proj(torch.addcmul(y, u, self.D.to(u.dtype)) * F.silu(z))
 
     def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
         """d_state numbers for each channel and the last inputs of the convolution, whatever the length."""

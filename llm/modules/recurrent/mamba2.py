@@ -68,7 +68,7 @@ class Mamba2(nn.Module):
         b, log_decay = hide_padding(positions, b, log_decay)
         y, state = linear_attention(c, b, x * dt.to(x.dtype), log_decay, kept(cache))
         keep(cache, state=state)
-        y = y + self.D[:, None].to(x.dtype) * x
+        y = torch.addcmul(y, x, self.D[:, None].to(x.dtype))
         return self.o_proj(self.o_norm(y.flatten(2) * F.silu(z)))
 
     def make_cache(self, batch_size: int, length: int) -> dict[str, Tensor]:
@@ -89,5 +89,7 @@ class GroupedRMSNorm(RMSNorm):
         self.n_groups = n_groups
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.n_groups == 1:
+            return super().forward(x)
         parts = x.unflatten(-1, (self.n_groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight
+        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight.to(x.dtype)

@@ -121,7 +121,8 @@ class TokenShift(nn.Module):
         first = torch.zeros_like(hidden[:, :1]) if cache is None else cache[self.name].to(x.dtype)
         before = torch.cat([first, hidden[:, :-1]], 1)
         keep(cache, **{self.name: hidden[:, -1:]})
-        return [x + (before - x) * mu.to(x.dtype) for mu in self.mu]
+        step = before - x
+        return [torch.addcmul(x, step, mu.to(x.dtype)) for mu in self.mu]
 
     def make_cache(self, batch_size: int) -> dict[str, Tensor]:
         return {self.name: torch.zeros(batch_size, 1, self.mu.shape[1], dtype=self.mu.dtype, device=self.mu.device)}
