@@ -14,6 +14,7 @@ Mamba, arXiv 2312.00752, section 3.3.2. Blog: State-space models.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from llm.modules.kernels.precision import is_remote, without_autocast
 
@@ -103,23 +104,41 @@ def linear_scan(gates: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
 
 
 class LinearScan(torch.autograd.Function):
-    """The equation at the top of the file, and its gradient."""
+    """The equation at the top of the file, and its gradient, which is the same from the last token to the first."""
 
     @staticmethod
     def forward(ctx, gates: Tensor, inputs: Tensor, state: Tensor):
-        states = inputs.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # which are changed below
-        previous = state
-        for gate, here in zip(gates.unbind(1), states, strict=True):
-            previous = here.addcmul_(gate, previous)
+        states = scan_by_chunks(gates, inputs, state)
         ctx.save_for_backward(gates, states, state)
-        return states.transpose(0, 1).clone()
+        return states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_states: Tensor):
         gates, states, state = ctx.saved_tensors
-        grad = grad_states.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        for t in range(len(grad) - 1, 0, -1):
-            grad[t - 1].addcmul_(gates[:, t], grad[t])
-        before = torch.cat([state[None], states[:-1]])
-        return (grad * before).transpose(0, 1), grad.transpose(0, 1), gates[:, 0] * grad[0]
+        to_earlier = F.pad(gates[:, 1:], (0, 0, 0, 1)).flip(1)  # dh_t reaches dh_{t-1} through gate_t
+        grad = scan_by_chunks(to_earlier, grad_states.flip(1), torch.zeros_like(state)).flip(1)
+        before = torch.cat([state[:, None], states[:, :-1]], 1)
+        return grad * before, grad, gates[:, 0] * grad[:, 0]
+
+
+def scan_by_chunks(gates: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
+    """All h_t (B, T, D). All chunks begin with h = 0 at once; then the state before each, times the product of the
+    gates since, is added: a step for each token of a chunk and one for each chunk, instead of one for each token."""
+    length = gates.shape[1]
+    size = min(CHUNK, length)
+    products, states = (  # (size, B, N, D), so that tokens are adjacent
+        F.pad(x, (0, 0, 0, -length % size))
+        .unflatten(1, (-1, size))
+        .movedim(2, 0)
+        .clone(memory_format=torch.contiguous_format)
+        for x in (gates, inputs)
+    )
+    for t in range(1, size):
+        states[t].addcmul_(products[t], states[t - 1])
+        products[t].mul_(products[t - 1])
+    before = torch.empty_like(states[0])
+    for n in range(before.shape[1]):
+        before[:, n] = state
+        state = torch.addcmul(states[-1, :, n], products[-1, :, n], state)
+    return states.addcmul_(products, before).movedim(0, 2).flatten(1, 2)[:, :length]
