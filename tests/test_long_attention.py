@@ -14,7 +14,7 @@ from llm.modules.kernels.attention import attend, attend_by_remainder, causal_si
 from llm.modules.kernels.gathered import gathered_attention, gathering_serves
 from llm.modules.kernels.query_blocks import blocked_attention
 from llm.modules.kernels.recomputed import Recomputed, recomputed_attention
-from llm.modules.kernels.seen_blocks import blocks, mean_scored
+from llm.modules.kernels.seen_blocks import blocks, mean_scored, places
 from llm.modules.position_encoding.alibi import ALiBi
 from llm.modules.position_encoding.relative import DistanceScores
 from llm.modules.position_encoding.t5_bias import T5Bias
@@ -58,6 +58,7 @@ def test_blocks_hold_every_key_that_is_seen_and_each_query_once(mask, length):
     dense, found = shown(mask, length), torch.zeros(length, length, dtype=torch.bool)
     covered = []
     for rows, keys, n_open in blocks(length, mask):
+        keys = places(keys, torch.device("cpu"))
         covered += range(rows.start, rows.stop)
         needed = torch.arange(length)[keys]
         assert len(needed.unique()) == len(needed)

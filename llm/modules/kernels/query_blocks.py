@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.modules.kernels.seen_blocks import LONGEST, QUERIES, add, blocks, hide, mean_scored, take
+from llm.modules.kernels.seen_blocks import LONGEST, QUERIES, add, all_hidden, blocks, mean_scored, places, take
 from llm.modules.masks import Causal, Mask, causal
 
 FEW_KEYS = 1024  # scores that a query may have on average where the text is longer
@@ -66,12 +66,13 @@ class QueryBlocks(torch.autograd.Function):
         heads = q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T, D)
         out, probabilities = torch.empty_like(v), []
-        for block in blocks(q.shape[1], mask, n_queries):
-            rows, keys, _ = block
+        where = q.shape[1], mask, n_queries
+        for block, hidden in zip(blocks(*where), all_hidden(*where, q.dtype, q.device), strict=True):
+            rows, keys, n_open = block
             scores = (q[:, rows] @ take(k, keys).mT).unflatten(0, heads)  # (B, H, queries, keys)
             if bias is not None:
-                scores += bias[..., rows, keys]
-            hide(scores, block, mask)
+                scores += bias[..., rows, places(keys, q.device)]
+            scores[..., n_open:] += hidden
             if sinks is not None:
                 scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
             p = scores.softmax(-1).flatten(0, 1)
@@ -100,6 +101,7 @@ class QueryBlocks(torch.autograd.Function):
             dq[:, rows] = ds @ take(k, keys)
             add(dk, keys, ds.mT @ q[:, rows])
             if dbias is not None:
-                dbias[..., rows, keys] = ds.unflatten(0, heads).sum_to_size(dbias[..., rows, keys].shape)
+                where = ..., rows, places(keys, q.device)
+                dbias[where] = ds.unflatten(0, heads).sum_to_size(dbias[where].shape)
         dq, dk, dv = (x.to(q.dtype).unflatten(0, heads) for x in (dq, dk, dv))
         return dq, dk, dv, None, dbias, dsinks, None

@@ -7,12 +7,14 @@ A mask with a reach needs no search. Another one is searched once for each lengt
 Blog: Attention, sparse attention.
 """
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llm.modules.masks import Causal, Mask
 
@@ -22,8 +24,16 @@ LONGEST = (
     512  # tokens of a short text; under a causal mask the fused kernel is as fast for a longer one, and keeps less
 )
 
-Keys = slice | Tensor
-"""Adjacent keys are a slice, others the indices (n,) of their positions."""
+
+class Pieces(NamedTuple):
+    """Keys that are not adjacent: pieces of equal size that begin at multiples of it."""
+
+    which: Tensor
+    """(n,): piece i is at positions which[i] size, .., which[i] size + size - 1."""
+    size: int
+
+
+Keys = slice | Pieces
 
 
 class Block(NamedTuple):
@@ -71,37 +81,84 @@ def searched(length: int, mask: Mask, most: int) -> list[Block]:
         n_open = int(visible.all(0)[seen].long().cumprod(0).sum())
         first, last = int(seen[0]), int(seen[-1])
         adjacent = last + 1 - first == len(seen)
-        found.append(Block(rows, slice(first, last + 1) if adjacent else seen, n_open))
+        found.append(Block(rows, slice(first, last + 1) if adjacent else in_pieces(seen, length), n_open))
     return found
+
+
+def in_pieces(seen: Tensor, length: int) -> Pieces:
+    """The largest pieces, of a size that divides the text, of which the positions `seen` (n,) consist."""
+    begins = F.pad(seen.diff() > 1, (1, 0), value=True)
+    ends = F.pad(begins[1:], (0, 1), value=True)
+    size = math.gcd(length, *seen[begins].tolist(), *(seen[ends] + 1).tolist())
+    return Pieces(seen[::size] // size, size)
 
 
 @lru_cache(maxsize=256)
 def mean_scored(length: int, mask: Mask) -> float:
     """How many scores a query has on average, those included that are computed for its neighbours only."""
     sizes = (
-        (r.stop - r.start, k.stop - k.start if isinstance(k, slice) else len(k)) for r, k, _ in blocks(length, mask)
+        (r.stop - r.start, k.stop - k.start if isinstance(k, slice) else len(k.which) * k.size)
+        for r, k, _ in blocks(length, mask)
     )
     return sum(n_queries * n_keys for n_queries, n_keys in sizes) / length
 
 
 def positions(part: Keys, device: torch.device) -> Tensor:
     """The positions of a block's queries or keys, (n,)."""
-    return torch.arange(part.start, part.stop, device=device) if isinstance(part, slice) else part.to(device)
+    if isinstance(part, slice):
+        return torch.arange(part.start, part.stop, device=device)
+    return (part.which.to(device)[:, None] * part.size + torch.arange(part.size, device=device)).flatten()
+
+
+def places(keys: Keys, device: torch.device) -> slice | Tensor:
+    """What the last axis of a tensor (.., T) is indexed with for these keys."""
+    return keys if isinstance(keys, slice) else positions(keys, device)
 
 
 def take(x: Tensor, keys: Keys) -> Tensor:
     """Rows `keys` of x (B H, T, D)."""
-    return x[:, keys] if isinstance(keys, slice) else x.index_select(1, keys.to(x.device))
+    if isinstance(keys, slice):
+        return x[:, keys]
+    return x.unflatten(1, (-1, keys.size)).index_select(1, keys.which.to(x.device)).flatten(1, 2)
 
 
 def add(x: Tensor, keys: Keys, part: Tensor) -> None:
     """Add `part` to the rows `keys` of x (B H, T, D), in place. No key is there twice, so the rows can be read, summed
     and written at once; `index_add_`, which allows repeated ones, adds one row after the other on a CPU."""
-    x[:, keys if isinstance(keys, slice) else keys.to(x.device)] += part
+    if isinstance(keys, slice):
+        x[:, keys] += part
+    else:
+        x.unflatten(1, (-1, keys.size))[:, keys.which.to(x.device)] += part.unflatten(1, (-1, keys.size))
 
 
 def hide(scores: Tensor, block: Block, mask: Mask) -> None:
     """Set the scores (.., queries, keys) of a block to -inf in place where the query does not see the key."""
-    device, partly = scores.device, slice(block.n_open, None)
-    seen = mask.visible(positions(block.rows, device)[:, None], positions(block.keys, device)[partly])
-    scores[..., partly] += scores.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    scores[..., block.n_open :] += hidden(block, mask, scores.dtype, scores.device)
+
+
+def hidden(block: Block, mask: Mask, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores behind the open ones, (queries, keys - n_open): 0 where the key is seen, or -inf."""
+    keys = positions(block.keys, device)[block.n_open :]
+    seen = mask.visible(positions(block.rows, device)[:, None], keys)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+
+
+def all_hidden(length: int, mask: Mask, most: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """`hidden` of every block, kept for the next call."""
+    if torch.compiler.is_compiling():
+        return [hidden(block, mask, dtype, device) for block in blocks(length, mask, most)]
+    return kept_hidden(length, mask, most, dtype, device)
+
+
+@lru_cache(maxsize=16)
+def kept_hidden(length: int, mask: Mask, most: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Blocks that hide alike, as most do under a window, share one tensor."""
+    different: dict[tuple, Tensor] = {}
+    found = []
+    for block in blocks(length, mask, most):
+        part = hidden(block, mask, dtype, torch.device("cpu"))
+        name = part.shape, (part == 0).numpy().tobytes()
+        if name not in different:
+            different[name] = part.to(device)
+        found.append(different[name])
+    return found
