@@ -96,8 +96,9 @@ class QueryBlocks(torch.autograd.Function):
             if ctx.with_sinks:
                 p, sink = p[..., :-1], p[..., -1:]
                 dsinks -= (sink.to(wide) * mean[:, rows]).unflatten(0, heads).sum((0, 2, 3))
-            add(dv, keys, p.mT @ grad[:, rows])
-            ds = (grad[:, rows] @ take(v, keys).mT).sub_(mean[:, rows]).mul_(p)
+            grad_i = grad[:, rows].contiguous()
+            add(dv, keys, p.mT @ grad_i)
+            ds = (grad_i @ take(v, keys).mT).sub_(mean[:, rows]).mul_(p)
             dq[:, rows] = ds @ take(k, keys)
             add(dk, keys, ds.mT @ q[:, rows])
             if dbias is not None:
