@@ -2,7 +2,8 @@
 
 Each model lives in a process of its own, so its peak memory is its own, and takes turns with the baseline, so that what
 else the machine does falls on both alike; ratios are medians over the turns. A step is forward, backward, clipping and
-AdamW on one micro-batch of random tokens; decoding is greedy, through the cache, at batch 1 after a prompt of 32.
+AdamW on one micro-batch of random tokens; decoding is greedy, through the cache where there is one, at batch 1 after a
+prompt of 32.
 """
 
 import json
@@ -77,12 +78,14 @@ def compete(name: str, flags: Arguments) -> None:
 
     def decode() -> float:
         model.eval()
-        steps = model.generate(tokens[:1, :32], flags.new_tokens + 1, greedy)
-        next(steps)  # the prompt
         start = now(device)
+        steps = model.generate(tokens[:1, :32], flags.new_tokens + 1, greedy)
+        next(steps)  # the prompt, and in models that see later tokens the whole text
+        if model.causal:
+            start = now(device)
         for _ in steps:
             pass
-        seconds = (now(device) - start) / flags.new_tokens
+        seconds = (now(device) - start) / (flags.new_tokens + (not model.causal))
         model.train()
         return seconds
 

@@ -65,6 +65,8 @@ PATTERNS = {
     "first and window": (masks.FirstAndWindow(3, 5), lambda i, j: j <= i and (j < 3 or j > i - 5)),
     "big bird": (BigBird(block_size=3, n_global=1, n_window=2, n_random=2, seed=5, layer=2), big_bird_by_loop),
 }
+SHORT = {name: mask for name, (mask, *_) in PATTERNS.items()} | {"everything": masks.everything}
+"""What a short text is computed under in blocks of queries."""
 
 
 def random_qkv(n_heads=4, n_kv_heads=4, queries=T, keys=T, head_dim=8, v_dim=8, dtype=torch.float64):
@@ -141,52 +143,51 @@ def test_attention_applies_mask_and_bias_together(visible):
     assert_same(attend(q, k, v, whole(), visible, scale=0.4), expected, q, k, v)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("length", [1, 127, 128, 300])
 @pytest.mark.parametrize(("v_dim", "scale"), [(8, None), (5, 0.7)])
 def test_blocks_of_queries_equal_the_equation(name, length, v_dim, scale):
     q, k, v = random_qkv(queries=length, keys=length, v_dim=v_dim)
     positions = torch.arange(length)
-    explicit = explicit_attention(q, k, v, masks.visibility(PATTERNS[name][0], positions, positions), scale)
-    ours = blocked_attention(q, k, v, PATTERNS[name][0], scale)
+    explicit = explicit_attention(q, k, v, masks.visibility(SHORT[name], positions, positions), scale)
+    ours = blocked_attention(q, k, v, SHORT[name], scale)
     assert_same(ours, explicit, *((q, k, v) if length > 1 else (v,)))
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("length", [T, 300])
 def test_blocks_of_queries_are_what_training_on_a_cpu_uses_and_gives_the_equation(name, length):
     shape = {"n_heads": 6, "n_kv_heads": 3, "queries": length, "keys": length}
     q, k, v = (x.detach().bfloat16().requires_grad_() for x in random_qkv(**shape))
-    assert blocks_serve(q, PATTERNS[name][0])
-    assert not blocks_serve(q, masks.everything)
+    assert blocks_serve(q, SHORT[name])
     positions = torch.arange(length)
-    ours = attend(q, k, v, whole(length), PATTERNS[name][0])
+    ours = attend(q, k, v, whole(length), SHORT[name])
     assert type(ours.grad_fn).__name__ == "QueryBlocksBackward"
-    mask = masks.visibility(PATTERNS[name][0], positions, positions)
+    mask = masks.visibility(SHORT[name], positions, positions)
     exact = explicit_attention(q.double(), k.double(), v.double(), mask)
     gradients = [torch.autograd.grad(y.double().square().sum(), (q, k, v)) for y in (ours, exact)]
     for mine, reference in zip((ours, *gradients[0]), (exact, *gradients[1]), strict=True):
         assert (mine.double() - reference.double()).norm() < 0.02 * reference.double().norm()
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_blocks_of_queries_take_a_bias_and_give_its_gradient(name, batch):
     q, k, v = random_qkv(queries=300, keys=300)
     bias = torch.randn(*batch, 4, 300, 300, dtype=torch.float64, requires_grad=True)
-    mask = masks.visibility(PATTERNS[name][0], torch.arange(300), torch.arange(300))
+    mask = masks.visibility(SHORT[name], torch.arange(300), torch.arange(300))
     explicit = explicit_attention(q, k, v, mask, bias=bias)
-    assert_same(blocked_attention(q, k, v, PATTERNS[name][0], bias=bias), explicit, q, k, v, bias)
+    assert_same(blocked_attention(q, k, v, SHORT[name], bias=bias), explicit, q, k, v, bias)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("length", [127, 300])
 def test_blocks_of_queries_take_sinks_and_give_their_gradient(name, length):
     q, k, v = random_qkv(queries=length, keys=length)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    mask = masks.visibility(PATTERNS[name][0], torch.arange(length), torch.arange(length))
+    mask = masks.visibility(SHORT[name], torch.arange(length), torch.arange(length))
     explicit = explicit_attention(q, k, v, mask, sinks=sinks)
-    assert_same(blocked_attention(q, k, v, PATTERNS[name][0], sinks=sinks), explicit, q, k, v, sinks)
+    assert_same(blocked_attention(q, k, v, SHORT[name], sinks=sinks), explicit, q, k, v, sinks)
 
 
 @pytest.mark.parametrize("name", ["alibi", "t5_bias", "relative_position", "attention_sink", "qk_norm", "big_bird"])

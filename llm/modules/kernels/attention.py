@@ -5,7 +5,8 @@ is taken:
 
 | queries, keys        | device | dtype       | mask, and what is added        | implementation                      |
 |----------------------|--------|-------------|--------------------------------|-------------------------------------|
-| one text, T <= 512   | CPU    | bf16        | looks back; no cap             | `blocked_attention`                 |
+| one text, T <= 512   | CPU    | bf16        | looks back, hides none; no cap | `blocked_attention`                 |
+| one text             | any    | any         | hides none; nothing added      | `fused_attention`, without a mask   |
 | one text             | any    | any         | causal; a sink, channels, none | `fused_..attention`, without a mask |
 | one text             | CUDA   | not float64 | any, no cap; long: no bias     | `flex_attention`, where it compiles |
 | one text, T > 512    | any    | any         | every n-th token               | n texts side by side                |
@@ -39,7 +40,7 @@ from llm.modules.kernels.precision import without_slow_bf16
 from llm.modules.kernels.query_blocks import blocked_attention, blocks_serve, is_long
 from llm.modules.kernels.recomputed import recomputed_attention
 from llm.modules.kernels.seen_blocks import FEWEST_QUERIES, LONGEST, QUERIES
-from llm.modules.masks import Causal, Mask, causal, visibility
+from llm.modules.masks import Causal, Everything, Mask, causal, visibility
 
 FEW_QUERIES = 64  # T of one text; in absorbed MLA T times n_heads, since heads become queries
 Bias = Callable[[Tensor, Tensor], Tensor]
@@ -92,6 +93,8 @@ def attend_to_text(
     long, plain = is_long(q, mask), bias is None and soft_cap is None
     if not long and soft_cap is None and blocks_serve(q, mask):
         return blocked_attention(q, share_heads(q, k), share_heads(q, v), mask, scale, written(bias, places), sinks)
+    if isinstance(mask, Everything) and plain and sinks is None:
+        return fused_attention(q, k, v, scale=scale)
     if isinstance(mask, Causal) and soft_cap is None:
         if plain and sinks is None:
             return fused_attention(q, k, v, scale=scale, is_causal=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llm.modules.kernels.seen_blocks import LONGEST, QUERIES, add, all_hidden, blocks, mean_scored, places, take
-from llm.modules.masks import Causal, Mask, causal
+from llm.modules.masks import Causal, Everything, Mask, causal
 
 FEW_KEYS = 1024  # scores that a query may have on average where the text is longer
 
@@ -33,7 +33,7 @@ def blocks_serve(q: Tensor, mask: Mask) -> bool:
     if is_long(q, mask):
         return not isinstance(mask, Causal) and mean_scored(q.shape[2], mask) <= FEW_KEYS
     short = q.shape[2] <= LONGEST and q.dtype is torch.bfloat16
-    return short and mask.looks_back and q.device.type == "cpu"
+    return short and (mask.looks_back or isinstance(mask, Everything)) and q.device.type == "cpu"
 
 
 def blocked_attention(
@@ -48,7 +48,8 @@ def blocked_attention(
 ) -> Tensor:
     """q and k (B, H, T, D), v (B, H, T, D_v), all of one text from position 0 on: -> (B, H, T, D_v).
 
-    `mask.looks_back` must hold; bias (H, T, T) or (B, H, T, T); sinks (H,). A block has at most `n_queries` queries.
+    The mask looks back or hides nothing; bias (H, T, T) or (B, H, T, T); sinks (H,). A block has at most `n_queries`
+    queries.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = None if bias is None else bias.to(q.dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm.modules.masks import Causal, Mask
+from llm.modules.masks import Causal, Everything, Mask
 
 QUERIES = 128  # in a block: the scores of a block should fit into a core's cache
 FEWEST_QUERIES = 32  # in a block, except the last: each block takes a pass through a Python loop
@@ -46,7 +46,9 @@ class Block(NamedTuple):
 
 
 def blocks(length: int, mask: Mask, most: int = QUERIES) -> Iterator[Block]:
-    """The blocks, of at most `most` queries each, of a text of `length` tokens; the mask looks back."""
+    """The blocks, of at most `most` queries each, of `length` tokens. The mask looks back or hides nothing."""
+    if isinstance(mask, Everything):
+        return (Block(rows, slice(0, length), length) for rows in cut(slice(0, length), most))
     if not isinstance(mask, Causal) and mask.reach > length > most:
         return iter(searched(length, mask, most))
     back = length if mask.reach >= length else int(mask.reach)  # min(inf, length) is a float when compiled
