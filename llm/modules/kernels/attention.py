@@ -62,7 +62,7 @@ def attend(
     `mask` shows it. sinks (H,). Raises ValueError for a bias beside sinks."""
     if bias is not None and sinks is not None:
         raise ValueError("attend takes a bias or sinks, not both: no kernel here computes them together")
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the gain of a norm leaves them in fp32
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast some norms leave them in fp32
     if places.whole_text:
         heads = attend_to_text(q, k, v, places, mask, bias, scale, soft_cap, sinks)
         if heads is not None:
