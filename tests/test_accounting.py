@@ -28,6 +28,7 @@ from llm.modules.recurrent.delta import GatedDeltaNet
 from llm.modules.recurrent.mamba2 import Mamba2
 from llm.modules.recurrent.retention import Retention
 from llm.modules.recurrent.rg_lru import RGLRU
+from llm.modules.recurrent.short_convolution import ShortConvolution
 
 T = 48
 
@@ -63,10 +64,9 @@ def padding_flops(model) -> float:
 
 
 def recurrent_flops(model) -> float:
-    """Per token, what recurrences and short convolutions take: sums and products of which torch counts none."""
-    parts = [
-        m for m in model.modules() if type(m).__module__.startswith("llm.modules.recurrent") and hasattr(m, "flops")
-    ]
+    """Per token, what recurrences take: sums and products of which torch counts none. It counts short convolutions."""
+    mixers = [m for m in model.modules() if type(m).__module__.startswith("llm.modules.recurrent")]
+    parts = [m for m in mixers if hasattr(m, "flops") and not isinstance(m, ShortConvolution)]
     gates = [p for part in parts if isinstance(part, RGLRU) for p in (part.recurrent_weight, part.input_weight)]
     return sum(part.flops(T) for part in parts) - sum(2 * weight.numel() for weight in gates)  # products, for torch too
 

@@ -41,5 +41,5 @@ class RootMeanSquareNorm(torch.autograd.Function):
             grad, x, weight.shape, torch.zeros_like(scale), scale, wide_weight, None, [True, False, False]
         )
         mean = (grad @ weight.to(grad.dtype))[..., None] / len(weight)
-        grad_weight = scale.flatten().to(grad.dtype) @ (grad * x).flatten(0, -2)
+        grad_weight = torch.mv((grad * x).flatten(0, -2).mT, scale.flatten().to(grad.dtype))
         return grad_x.add_(mean * scale), grad_weight.to(weight.dtype), None
