@@ -162,6 +162,13 @@ def fastest(work: Callable[[], object], device: torch.device, attempts: int = 5)
     return min(seconds[1:])
 
 
+def check_models(names: Iterable[str], known: Iterable[str]) -> None:
+    """End the command before anything is measured where a name is not known."""
+    known = list(known)
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"error: no model is called {', '.join(unknown)}: choose from {', '.join(known)} (--models)")
+
+
 def now(device: torch.device) -> float:
     """The time at which everything asked of the device so far is done."""
     if device.type == "cuda":

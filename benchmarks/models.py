@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import tyro
-from measure import Contestant, answer, machine_line, markdown, median, now, peak_memory, ratio
+from measure import Contestant, answer, check_models, machine_line, markdown, median, now, peak_memory, ratio
 from torch import nn
 from tqdm import tqdm
 
@@ -122,6 +122,7 @@ def rows(flags: Arguments) -> Iterator[list[str]]:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)
+    check_models(flags.models, MODELS)
     machine = find_machine(TrainConfig(device=flags.device))
     table = list(rows(flags))
     size = "small size" if flags.small else "default size"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import tyro
-from measure import machine_line, markdown, now
+from measure import check_models, machine_line, markdown, now
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -120,6 +120,7 @@ def writing_row(turns: list[dict], flags: Arguments) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)
+    check_models(flags.models, MODELS)
     machine = find_machine(TrainConfig(device=flags.device))
     keep_freed_memory(machine.device)
     found = measure(flags, machine)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from measure import Contestant, answer, machine_line, markdown, median, now, peak_memory
+from measure import Contestant, answer, check_models, machine_line, markdown, median, now, peak_memory
 from torch import Tensor
 from tqdm import tqdm
 
@@ -142,6 +142,7 @@ def table(results: dict[str, dict[int, dict]], what: str, show: Callable[[float]
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = tyro.cli(Arguments, args=arguments)
+    check_models(flags.models, ("explicit", *MODELS))
     machine = find_machine(TrainConfig(device=flags.device))
     pairs = tqdm([(n, length) for length in flags.lengths for n in flags.models], unit="variant", dynamic_ncols=True)
     results: dict[str, dict[int, dict]] = {name: {} for name in flags.models}

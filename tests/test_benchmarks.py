@@ -148,3 +148,11 @@ def test_the_parts_of_the_gpu_job_take_eight_minutes_and_have_a_name_each(tmp_pa
         assert sum(part.limit for part in parts) <= 480
         assert len({part.name for part in parts}) == len(parts)
         assert all((BENCHMARKS.parent / part.words[0]).exists() or part.words[0] == "-m" for part in parts)
+
+
+@pytest.mark.parametrize("name", ["models", "recurrent", "sequence_length"])
+def test_an_unknown_model_is_named_before_anything_is_measured(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = load(BENCHMARKS / f"{name}.py")
+    with pytest.raises(SystemExit, match="no model is called mamba3: choose from"):
+        benchmark.main(["--models", "baseline", "mamba3"])
