@@ -3,8 +3,8 @@
     y_t = sum_i w_i x_{t + i}        dx_t = sum_i w_i dy_{t - i}        dw_i = sum_t dy_t x_{t + i}
 
 y and dx are depthwise convolutions, for which oneDNN is fast where channels are adjacent. It is slow for dw, which is a
-product and a sum for each of the few weights of a channel. For one token, on other devices and compiled, the definition
-in short_convolution.py is as fast.
+product and a sum for each of the few weights of a channel. For one token, on other devices and in compiled code,
+the definition in short_convolution.py is used instead.
 """
 
 import torch
@@ -36,7 +36,7 @@ class Depthwise(torch.autograd.Function):
 
 
 def total(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, T, C) -> (C,) in `dtype`. Over tokens first, which sums in fp32 without a copy in fp32."""
+    """(B, T, C) -> (C,) in `dtype`. Tokens are summed first, in fp32 inside, without a copy in fp32."""
     return x.sum(1).sum(0, dtype=dtype)
 
 

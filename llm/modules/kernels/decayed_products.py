@@ -1,4 +1,4 @@
-"""What a token reads of what the tokens of its chunk wrote: products of queries and keys, decayed since.
+"""Products of queries and keys within a chunk, decayed by the tokens between the two.
 
     p[t, j] = sum_c q_tc k_jc exp(total_tc - total_jc), j <= t        total: the sum of the log decays until a token
 
@@ -22,7 +22,7 @@ from llm.modules.kernels.precision import is_remote
 
 
 def decayed_products(q: Tensor, k: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
-    """p of each of S queries with each of R keys, 0 where j > t, with products in `dtype`.
+    """p, 0 where j > t, of each of S sets of queries with each of R sets of keys; products are computed in `dtype`.
 
     q (.., S, C, K), k (.., R, C, K), total (.., C, 1 or K) -> (.., S, R, C, C).
     """
@@ -56,7 +56,7 @@ class DecayedByChannel(torch.autograd.Function):
     """tril(q' k'^T) with q' = q exp(total) and k' = k exp(-total), of each q (.., S, C, K) with each k (.., R, C, K).
 
     total (.., C, K) may be shifted by a constant. dtotal = q' dq' - k' dk'. A token's product with itself does not
-    decay and adds the same number to both terms; it is left out of them, since its rounding would stay.
+    decay: it would add the same number to both terms, and only its rounding errors would not cancel. Both leave it out.
     """
 
     @staticmethod

@@ -2,8 +2,8 @@
 
     y = x r * w,  r = 1 / sqrt(mean(x^2) + eps)        dx = r (h - x r mean(h x r)),  h = w dy        dw = sum(dy x r)
 
-For LayerNorm torch has one fused kernel. Its dx, where the mean of x is said to be 0 and 1 / std to be r, is
-r (h - mean(h) - x r mean(h x r)), so r mean(h) is added to it. Its dw is not used: in bf16 it is 5 % off and more.
+torch has a fused kernel for the gradient of LayerNorm. Given 0 for the mean of x and r for 1 / std, it returns
+r (h - mean(h) - x r mean(h x r)). Adding r mean(h) gives dx. Its dw is not used: in bf16 it is wrong by 5 % or more.
 """
 
 import torch
@@ -15,7 +15,7 @@ from llm.modules.kernels.precision import is_remote
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (.., dim), weight (dim,) -> (.., dim) in x's dtype. The quotient is rounded before it is multiplied."""
+    """x (.., dim), weight (dim,) -> (.., dim) in x's dtype. x r is rounded before it is multiplied by w."""
     if is_remote(x) or not torch.is_grad_enabled():
         return F.rms_norm(x, weight.shape, None, eps) * weight.to(x.dtype)
     return RootMeanSquareNorm.apply(x, weight, eps)

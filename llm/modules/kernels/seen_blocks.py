@@ -88,7 +88,7 @@ def searched(length: int, mask: Mask, most: int) -> list[Block]:
 
 
 def in_pieces(seen: Tensor, length: int) -> Pieces:
-    """The largest pieces, of a size that divides the text, of which the positions `seen` (n,) consist."""
+    """The positions `seen` (n,), in ascending order, as the largest pieces that fit. Their size divides the length."""
     begins = F.pad(seen.diff() > 1, (1, 0), value=True)
     ends = F.pad(begins[1:], (0, 1), value=True)
     size = math.gcd(length, *seen[begins].tolist(), *(seen[ends] + 1).tolist())
@@ -139,14 +139,15 @@ def hide(scores: Tensor, block: Block, mask: Mask) -> None:
 
 
 def hidden(block: Block, mask: Mask, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to the scores behind the open ones, (queries, keys - n_open): 0 where the key is seen, or -inf."""
+    """What is added to the scores of a block, without its first n_open keys: 0 where the key is seen, -inf elsewhere.
+    (queries, keys - n_open)."""
     keys = positions(block.keys, device)[block.n_open :]
     seen = mask.visible(positions(block.rows, device)[:, None], keys)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def all_hidden(length: int, mask: Mask, most: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """`hidden` of every block, kept for the next call."""
+    """`hidden` of every block. It is kept for the next call, except in compiled code."""
     if torch.compiler.is_compiling():
         return [hidden(block, mask, dtype, device) for block in blocks(length, mask, most)]
     return kept_hidden(length, mask, most, dtype, device)
@@ -154,7 +155,7 @@ def all_hidden(length: int, mask: Mask, most: int, dtype: torch.dtype, device: t
 
 @lru_cache(maxsize=16)
 def kept_hidden(length: int, mask: Mask, most: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Blocks that hide alike, as most do under a window, share one tensor."""
+    """`hidden` of every block. Blocks with the same mask, as most are under a window, share one tensor."""
     different: dict[tuple, Tensor] = {}
     found = []
     for block in blocks(length, mask, most):
